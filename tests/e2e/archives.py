@@ -1,0 +1,101 @@
+"""A running archive as a tester sees it: addresses, and files to send."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.data import get_testdata_files
+from pydicom.filereader import read_file_meta_info
+
+from cli.cluster import Cluster
+
+
+@dataclass
+class Address:
+    """Where an archive takes images in and where it gives them out."""
+
+    store_port: int
+    query_port: int
+    http_ports: list[int]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Up:
+    """``sagittal up`` as a child process."""
+
+    def __init__(self, data: Path, environment: dict[str, str] | None = None) -> None:
+        self.data = data
+        self.environment = {
+            **os.environ,
+            "SAGITTAL_DATA": str(data),
+            "SAGITTAL_DIMSE_PORT": "0",
+            "SAGITTAL_HTTP_PORT": "0",
+            "SAGITTAL_INDEXING_QUIET_SECONDS": "2",
+            **(environment or {}),
+        }
+        self.environment.pop("MONGO_URL", None)
+        self.log = data.parent / f"{data.name}.log"
+        self.process: subprocess.Popen[bytes]
+
+    def start(self, seconds: float = 90) -> Address:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cli.main", "up"], env=self.environment, stdout=output, stderr=output
+            )
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"sagittal up ended: {self.log.read_text()[-3000:]}")
+            if "Ctrl-C stops it" in self.log.read_text():
+                state = json.loads((self.data / "run" / "archive.json").read_text())
+                return Address(
+                    state["dimse_port"], state["dimse_port"], [state["http_port"]], {"SAGITTAL_DATA": str(self.data)}
+                )
+            time.sleep(0.1)
+        raise AssertionError(f"sagittal up was not ready in {seconds} s: {self.log.read_text()[-3000:]}")
+
+    def interrupt(self, seconds: float = 60) -> int:
+        """Ctrl-C; gives the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(seconds)
+
+
+def address_of(cluster: Cluster) -> Address:
+    return Address(
+        cluster.workers["ingest"].ports["dimse"],
+        cluster.workers["query"].ports["dimse"],
+        [worker.ports["http"] for worker in cluster.workers.values()],
+        cluster.environment,
+    )
+
+
+def storable_files() -> list[Path]:
+    """pydicom's own test files that are instances an archive must take: class, instance, study and series UIDs."""
+    found: dict[str, Path] = {}
+    for name in sorted(get_testdata_files("*.dcm")):
+        path = Path(name)
+        try:
+            dataset = dcmread(path, stop_before_pixels=True)
+            uid = dataset.file_meta.MediaStorageSOPInstanceUID
+            if uid != dataset.SOPInstanceUID or dataset.SOPClassUID != dataset.file_meta.MediaStorageSOPClassUID:
+                continue
+            if dataset.StudyInstanceUID and dataset.SeriesInstanceUID and dataset.file_meta.TransferSyntaxUID:
+                found.setdefault(str(uid), path)
+        except Exception:
+            continue
+    return list(found.values())
+
+
+def dataset_bytes(path: Path) -> bytes:
+    """The encoded dataset of a Part 10 file, without preamble and file meta."""
+    meta = read_file_meta_info(path)
+    start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
+    return path.read_bytes()[start:]
