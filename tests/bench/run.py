@@ -17,12 +17,12 @@ from pathlib import Path
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE
-from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from rich.console import Console
 from rich.table import Table
 
 from tests.bench.peers import ENVIRONMENT, Distributed, Embedded, Orthanc, Peer, Storescp
 from tests.bench.work import ROOT, make_series
+from tests.e2e.archives import STUDY_ROOT_FIND
 
 PEERS: dict[str, type[Embedded] | type[Distributed] | type[Orthanc] | type[Storescp]] = {
     "embedded": Embedded,
@@ -54,7 +54,7 @@ def send(peer: Peer, folders: list[Path]) -> float:
 
 def find(peer: Peer, **keys: str) -> list[Dataset]:
     ae = AE("BENCH")
-    ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+    ae.add_requested_context(STUDY_ROOT_FIND)
     association = ae.associate("127.0.0.1", peer.query_port, ae_title=peer.ae_title)
     if not association.is_established:
         raise RuntimeError(f"{peer.name} took no association for C-FIND")
@@ -63,7 +63,7 @@ def find(peer: Peer, **keys: str) -> list[Dataset]:
     for name, value in {"StudyInstanceUID": "", "PatientID": "", "PatientName": "", **keys}.items():
         setattr(identifier, name, value)
     try:
-        answers = association.send_c_find(identifier, StudyRootQueryRetrieveInformationModelFind)
+        answers = association.send_c_find(identifier, STUDY_ROOT_FIND)
         return [found for _, found in answers if found is not None]
     finally:
         association.release()

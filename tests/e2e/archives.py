@@ -10,12 +10,20 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydicom import dcmread
 from pydicom.data import get_testdata_files
+from pydicom.dataset import Dataset
 from pydicom.filereader import read_file_meta_info
+from pydicom.uid import UID
+from pynetdicom import AE, evt
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 
 from cli.cluster import Cluster
+
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 
 
 @dataclass
@@ -99,3 +107,34 @@ def dataset_bytes(path: Path) -> bytes:
     meta = read_file_meta_info(path)
     start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
     return path.read_bytes()[start:]
+
+
+def retrieve(archive: Address, keys: Dataset, sop_class: str, transfer_syntax: str) -> dict[str, bytes]:
+    """The encoded datasets that a C-GET by pynetdicom brings, by SOP Instance UID; it must end with success."""
+    taken: dict[str, bytes] = {}
+
+    def keep(event: evt.Event) -> int:
+        request: Any = event.request
+        taken[str(request.AffectedSOPInstanceUID)] = request.DataSet.getvalue()
+        return 0
+
+    ae = AE("TESTER")
+    ae.add_requested_context(STUDY_ROOT_GET)
+    ae.add_requested_context(sop_class, transfer_syntax)
+    role = SCP_SCU_RoleSelectionNegotiation()
+    role.sop_class_uid = UID(sop_class)
+    role.scu_role, role.scp_role = False, True
+    association = ae.associate(
+        "127.0.0.1",
+        archive.query_port,
+        ae_title="SAGITTAL",
+        ext_neg=[role],
+        evt_handlers=[(evt.EVT_C_STORE, keep)],
+    )
+    assert association.is_established
+    try:
+        final = [status for status, _ in association.send_c_get(keys, STUDY_ROOT_GET)][-1]
+    finally:
+        association.release()
+    assert final.Status == 0
+    return taken

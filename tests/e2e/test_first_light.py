@@ -10,11 +10,9 @@ from pathlib import Path
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pynetdicom import AE, evt
-from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
-from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, StudyRootQueryRetrieveInformationModelGet
+from pynetdicom import AE
 
-from tests.e2e.archives import Address, dataset_bytes, storable_files
+from tests.e2e.archives import STUDY_ROOT_FIND, Address, dataset_bytes, retrieve, storable_files
 
 DCMTK = {**os.environ, "TCP_NODELAY": "1"}
 
@@ -28,7 +26,7 @@ def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess
 
 def find_instances(archive: Address, study: str, sop: str = "") -> list[Dataset]:
     ae = AE("TESTER")
-    ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+    ae.add_requested_context(STUDY_ROOT_FIND)
     association = ae.associate("127.0.0.1", archive.query_port, ae_title="SAGITTAL")
     assert association.is_established
     keys = Dataset()
@@ -37,7 +35,7 @@ def find_instances(archive: Address, study: str, sop: str = "") -> list[Dataset]
     keys.NumberOfStudyRelatedInstances = ""
     keys.PatientName = ""
     try:
-        answers = association.send_c_find(keys, StudyRootQueryRetrieveInformationModelFind)
+        answers = association.send_c_find(keys, STUDY_ROOT_FIND)
         return [identifier for _, identifier in answers if identifier is not None]
     finally:
         association.release()
@@ -100,32 +98,13 @@ def test_every_test_file_of_pydicom_comes_back_as_it_was(archive: Address) -> No
         wait_found(archive, study, count)
 
     for path, header in headers.items():
-        taken: list[bytes] = []
-        ae = AE("TESTER")
-        ae.add_requested_context(StudyRootQueryRetrieveInformationModelGet)
-        ae.add_requested_context(header.SOPClassUID, header.file_meta.TransferSyntaxUID)
-        role = SCP_SCU_RoleSelectionNegotiation()
-        role.sop_class_uid = header.SOPClassUID
-        role.scu_role, role.scp_role = False, True
-
-        def keep(event: evt.Event, taken: list[bytes] = taken) -> int:
-            taken.append(event.request.DataSet.getvalue())
-            return 0
-
-        association = ae.associate(
-            "127.0.0.1", archive.query_port, ae_title="SAGITTAL", ext_neg=[role],
-            evt_handlers=[(evt.EVT_C_STORE, keep)],
-        )  # fmt: skip
-        assert association.is_established
         keys = Dataset()
         keys.QueryRetrieveLevel = "IMAGE"
         keys.StudyInstanceUID = header.StudyInstanceUID
         keys.SeriesInstanceUID = header.SeriesInstanceUID
         keys.SOPInstanceUID = header.SOPInstanceUID
-        final = [status for status, _ in association.send_c_get(keys, StudyRootQueryRetrieveInformationModelGet)][-1]
-        association.release()
-        assert final.Status == 0, path.name
-        assert taken == [dataset_bytes(path)], path.name
+        taken = retrieve(archive, keys, header.SOPClassUID, header.file_meta.TransferSyntaxUID)
+        assert list(taken.values()) == [dataset_bytes(path)], path.name
 
 
 def test_health_readiness_and_metrics_answer(archive: Address) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pymongo
 import pytest
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
+from pymongo.database import Database
 from pynetdicom import AE
 from tests.builders import create_instance
 
 from cli.cluster import Cluster
-from tests.e2e.archives import Address, address_of
+from tests.e2e.archives import Address, address_of, retrieve
 
 
 @dataclass
@@ -80,7 +85,7 @@ def build_study(number: int, count: int) -> list[Dataset]:
 
 def check(cluster: Cluster, archive: Address, senders: list[Sender]) -> None:
     """Everything acknowledged is indexed once, its bytes match, counts are right and nothing waits or is dead."""
-    database = pymongo.MongoClient(cluster.mongod.url)["sagittal"]
+    database: Database[dict[str, Any]] = pymongo.MongoClient(cluster.mongod.url)["sagittal"]
     expected = {uid for sender in senders for uid in sender.acknowledged}
     studies = [sender.study for sender in senders]
     deadline = time.monotonic() + 90
@@ -103,39 +108,17 @@ def check(cluster: Cluster, archive: Address, senders: list[Sender]) -> None:
             for d in database["instances"].find({"study_instance_uid": sender.study}, {"versions": 1})
         )
     for sender in senders:
-        assert retrieve(archive, sender.study, sender.instances[0].SOPClassUID) == sender.acknowledged
+        assert pixels(archive, sender) == sender.acknowledged
 
 
-def retrieve(archive: Address, study: str, sop_class: str) -> dict[str, bytes]:
-    """The pixel data of every instance of the study, by C-GET with pynetdicom."""
-    from pynetdicom import evt
-    from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
-    from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
-
-    taken: dict[str, bytes] = {}
-
-    def keep(event: evt.Event) -> int:
-        dataset = event.dataset
-        taken[dataset.SOPInstanceUID] = bytes(dataset.PixelData)
-        return 0
-
-    ae = AE("TESTER")
-    ae.add_requested_context(StudyRootQueryRetrieveInformationModelGet)
-    ae.add_requested_context(sop_class, ExplicitVRLittleEndian)
-    role = SCP_SCU_RoleSelectionNegotiation()
-    role.sop_class_uid = sop_class  # type: ignore[assignment]
-    role.scu_role, role.scp_role = False, True
-    association = ae.associate(
-        "127.0.0.1", archive.query_port, ae_title="SAGITTAL", ext_neg=[role], evt_handlers=[(evt.EVT_C_STORE, keep)]
-    )
-    assert association.is_established
+def pixels(archive: Address, sender: Sender) -> dict[str, bytes]:
+    """The pixel data of every instance of a sender's study, by C-GET."""
     keys = Dataset()
     keys.QueryRetrieveLevel = "STUDY"
-    keys.StudyInstanceUID = study
-    final = [status for status, _ in association.send_c_get(keys, StudyRootQueryRetrieveInformationModelGet)][-1]
-    association.release()
-    assert final.Status == 0
-    return taken
+    keys.StudyInstanceUID = sender.study
+    taken = retrieve(archive, keys, sender.instances[0].SOPClassUID, ExplicitVRLittleEndian)
+    read = {uid: dcmread(BytesIO(encoded), force=True) for uid, encoded in taken.items()}
+    return {uid: bytes(dataset.PixelData) for uid, dataset in read.items()}
 
 
 def kill_service(name: str) -> Callable[[Cluster], None]:
@@ -200,8 +183,6 @@ def test_nothing_acknowledged_is_lost_when_each_part_dies_under_load(cluster: Cl
 
 
 def test_a_sender_cut_in_the_middle_of_an_instance_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
-    import socket
-
     archive = address_of(cluster)
     instances = build_study(3, 3)
     ae = AE("SENDER")
@@ -209,7 +190,7 @@ def test_a_sender_cut_in_the_middle_of_an_instance_leaves_nothing_behind(cluster
     association = ae.associate("127.0.0.1", archive.store_port, ae_title="SAGITTAL")
     assert association.is_established
     assert association.send_c_store(instances[0]).Status == 0
-    connection = association.dul.socket.socket  # type: ignore[union-attr]
+    connection: Any = association.dul.socket.socket  # type: ignore[union-attr]
     # The start of a P-DATA-TF that promises 1 MiB, a few bytes of it, then the cable is pulled.
     connection.sendall(b"\x04\x00\x00\x10\x00\x00" + b"\x00\x0f\xff\xf0\x01\x00" + b"\x00" * 1000)
     connection.shutdown(socket.SHUT_RDWR)

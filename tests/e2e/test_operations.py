@@ -10,6 +10,7 @@ from typing import Any
 
 import pymongo
 import pytest
+from pymongo.database import Database
 
 from tests.e2e.archives import Address, Up, storable_files
 from tests.e2e.test_first_light import wait_found
@@ -34,7 +35,7 @@ def mongo_url(archive: Address) -> str:
 
 def index_of(archive: Address, studies: set[str]) -> dict[str, Any]:
     """The image index of the named studies without what depends on the moment of indexing."""
-    database = pymongo.MongoClient(mongo_url(archive))["sagittal"]
+    database: Database[dict[str, Any]] = pymongo.MongoClient(mongo_url(archive))["sagittal"]
     moment = {"created_at": 0, "updated_at": 0, "stable": 0, "stable_revision": 0}
     keys = list(studies)
     wanted = {"studies": {"_id": {"$in": keys}}, "series": {"study_instance_uid": {"$in": keys}}}
