@@ -21,7 +21,11 @@ _TRANSFER_SYNTAX_UID = 0x0010
 
 
 class Truncated(Invalid):
-    """The bytes end before what was asked for does; more of the object may help."""
+    """The bytes end before what was asked for does; at least ``needed`` bytes of the object may help (0: unknown)."""
+
+    def __init__(self, message: str, needed: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
