@@ -55,7 +55,8 @@ class OutboxBus:
         self._last = 0
         self._storing = 0
         self._kept = 0
-        self._behind = False
+        self.behind = False
+        """Whether events of this process wait in the outbox, so that new ones must wait behind them."""
         self._started = False
         self._waiting: list[Subscription] = []
         self._declaring: list[Subscription] = []
@@ -97,7 +98,7 @@ class OutboxBus:
                 await asyncio.sleep(self._interval)
 
     async def publish(self, *events: Event) -> None:
-        if self._started and not self._behind:
+        if self._started and not self.behind:
             try:
                 await self._inner.publish(*events)
                 return
@@ -108,7 +109,7 @@ class OutboxBus:
     async def _keep(self, events: Sequence[Event]) -> None:
         if not events:
             return
-        self._behind = True
+        self.behind = True
         self._storing += 1
         self._kept += 1
         try:
@@ -144,11 +145,11 @@ class OutboxBus:
 
     async def _catch_up(self) -> None:
         """Publish directly again once everything this process kept has gone out."""
-        if self._behind and not self._storing:
+        if self.behind and not self._storing:
             kept = self._kept
             mine = await self._outbox.find_one({"owner": self._owner}, {"_id": 1})
             if mine is None and kept == self._kept:
-                self._behind = False
+                self.behind = False
 
     async def _hold_lease(self) -> bool:
         now = time.time()

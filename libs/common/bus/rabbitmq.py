@@ -379,8 +379,9 @@ class RabbitBus:
                 try:
                     source = await channel.get_queue(queue, ensure=False)
                     found: list[AbstractIncomingMessage] = []
-                    while len(found) < limit and (message := await source.get(fail=False)) is not None:
-                        found.append(message)
+                    with suppress(ChannelNotFoundEntity):
+                        while len(found) < limit and (message := await source.get(fail=False)) is not None:
+                            found.append(message)
                     yield found
                 finally:
                     await channel.close()
