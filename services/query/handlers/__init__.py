@@ -1,0 +1,1 @@
+"""The story of query: find matches, hand instances back."""

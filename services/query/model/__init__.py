@@ -1,0 +1,1 @@
+"""The pure rules of query and retrieve: nothing here waits."""
