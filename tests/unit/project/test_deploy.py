@@ -26,6 +26,7 @@ KEYS = {
     "healthcheck",
     "restart",
     "read_only",
+    "tmpfs",
     "init",
     "cap_drop",
     "security_opt",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from libs.common.dicom import part10
+from libs.dimse import wire
 from tests.unit.project.reality import ROOT, service_names, setting_names
 
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".cfg", ".txt", ".lock", ".example", ".json", ".sh", ""}
@@ -123,6 +125,14 @@ def test_every_service_has_its_door_plate_and_its_rules_of_import() -> None:
         plate = (ROOT / "services" / name / "__init__.py").read_text()
         for word in ("Hears", "Tells", "Owns"):
             assert word in plate, f"services/{name}/__init__.py does not say what it {word}"
+
+
+def test_conformance_statement_names_our_implementation() -> None:
+    text = (ROOT / "docs/conformance.md").read_text()
+    for name in (wire.IMPLEMENTATION_CLASS_UID, wire.IMPLEMENTATION_VERSION_NAME):
+        assert f"`{name}`" in text
+    for name in (part10.IMPLEMENTATION_CLASS_UID, part10.IMPLEMENTATION_VERSION_NAME):
+        assert f"`{name}`" in text
 
 
 def test_no_file_points_out_of_the_project() -> None:
