@@ -18,9 +18,9 @@ from cli.servers.process import Server, answers, free_port
 from libs.common.errors import Unavailable
 
 
-def find_mongod() -> Path:
-    """The mongod to use: one on PATH, else the one of the ``embedded`` extra. Raises Unavailable with what to do."""
-    on_path = shutil.which("mongod")
+def find() -> Path:
+    """The mongod to use: SAGITTAL_MONGOD, else one on PATH, else the one of the ``embedded`` extra. Raises Unavailable with what to do."""
+    on_path = os.environ.get("SAGITTAL_MONGOD") or shutil.which("mongod")
     if on_path:
         return Path(on_path)
     spec = importlib.util.find_spec("fiftyone")
@@ -43,11 +43,13 @@ class Mongod(Server):
 
     def __init__(self, data: Path, port: int, cache_gb: float) -> None:
         self.port = port
-        self.url = f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
+        self.url = f"mongodb://127.0.0.1:{port}/?replicaSet=rs0&directConnection=true"
         command = [
-            str(find_mongod()), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1",
+            str(find()), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1",
             "--replSet", "rs0", "--oplogSize", "256", "--wiredTigerCacheSizeGB", str(cache_gb),
             "--setParameter", "diagnosticDataCollectionEnabled=false", "--nounixsocket",
+            # Slow operations are logged with their values, and those are patient data.
+            "--slowms", "2000000000", "--quiet",
         ]  # fmt: skip
         super().__init__(command, data / "mongod.log")
 
@@ -55,8 +57,9 @@ class Mongod(Server):
     def start(cls, data: Path, port: int | None = None, cache_gb: float = 0.25) -> Mongod:
         """Start on the data folder (made when absent) and wait until it takes writes. Raises Unavailable.
 
-        The port is kept in the folder from the first start on: the replica set's configuration names it.
+        The folder may have run on another port before. ``cache_gb`` is WiredTiger's cache, at least 0.25 GB.
         """
+        data = data.resolve()
         data.mkdir(parents=True, exist_ok=True)
         server = cls(data, port or free_port(), cache_gb)
         server.restart()
@@ -85,9 +88,13 @@ class Mongod(Server):
         except OperationFailure as error:
             self.kill()
             raise Unavailable(f"mongod refused its replica set configuration: {error.details}") from error
+        except PyMongoError as error:
+            self.kill()
+            raise Unavailable(f"mongod went away while it started ({type(error).__name__}); see {self.log}") from error
         for _ in range(600):
             try:
-                if client.admin.command("hello").get("isWritablePrimary"):
+                hello = client.admin.command("hello")
+                if hello.get("isWritablePrimary") and hello.get("me") == host:
                     return
             except PyMongoError:
                 pass
