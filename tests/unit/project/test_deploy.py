@@ -19,6 +19,7 @@ KEYS = {
     "command",
     "entrypoint",
     "environment",
+    "env_file",
     "ports",
     "volumes",
     "networks",
