@@ -45,8 +45,8 @@ bench: $(VENV)/.sagittal-test ## Side by side with Orthanc and storescp on this 
 k8s-check: $(VENV)/.sagittal-test ## Build the Kubernetes manifests; try them on an API server where there is one
 	$(BIN)/python deploy/k8s/check.py
 
-lock: $(VENV)/.sagittal-run ## Resolve the dependencies again into requirements.lock
-	$(BIN)/uv pip compile --upgrade --universal --all-extras --no-emit-index-url --no-header pyproject.toml -o requirements.lock
+lock: $(VENV)/.sagittal-run ## Resolve the dependencies again into requirements.lock (ARGS=--upgrade for newer ones)
+	$(BIN)/uv pip compile --universal --all-extras --no-emit-index-url --no-header pyproject.toml -o requirements.lock $(ARGS)
 
 clean: ## Remove .venv and what tools left; your ./data stays
 	rm -rf $(VENV) .run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
