@@ -19,7 +19,10 @@ from libs.common.errors import Unavailable
 
 
 def find() -> Path:
-    """The mongod to use: SAGITTAL_MONGOD, else one on PATH, else the one of the ``embedded`` extra. Raises Unavailable with what to do."""
+    """The mongod to use: SAGITTAL_MONGOD, else one on PATH, else the one of the ``embedded`` extra.
+
+    Raises Unavailable with what to do.
+    """
     on_path = os.environ.get("SAGITTAL_MONGOD") or shutil.which("mongod")
     if on_path:
         return Path(on_path)

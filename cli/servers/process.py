@@ -104,7 +104,7 @@ class Server:
         """Start and wait until ``ready`` says so. Raises Unavailable, with the end of the log, when it never does."""
         if self.running:
             return
-        self.kill()  # what the last run may have left of its children
+        Server.kill(self)  # what the last run may have left of its children
         self.log.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
 

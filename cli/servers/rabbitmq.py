@@ -40,13 +40,6 @@ def _find_epmd() -> str:
     return on_path
 
 
-def find() -> Path:
-    """The RabbitMQ server script. Raises Unavailable with what to do."""
-    if not BINARY.exists():
-        raise Unavailable("no RabbitMQ here: install the package `rabbitmq-server`, or set RABBITMQ_URL")
-    return BINARY
-
-
 class RabbitMQ(Server):
     """``url`` is what clients connect to."""
 
