@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from services.indexing.model import COLLECTIONS, Collection, Document, NotLoaded
 Result = TypeVar("Result")
 _DURABLE = WriteConcern("majority", j=True)
 _AWAY = (pymongo.errors.ConnectionFailure, pymongo.errors.ExecutionTimeout)
+_ASIDE = "instances_before_rebuild"
 _PATIENCE = 30.0  # seconds for which a transaction is tried again before its events are given back to the bus
 
 
@@ -217,20 +218,37 @@ class MongoIndex:
         except _AWAY as error:
             raise Unavailable("the database is away") from error
 
-    async def clear(self) -> None:
-        """Drop the whole image index. Quarantine stays: it cannot be made again from the objects."""
+    async def begin_rebuild(self) -> None:
+        """Empty the index; the instances are put aside, unless an interrupted rebuild has put them aside before."""
         try:
+            names = set(await self._database.list_collection_names())
+            if "instances" in names and _ASIDE not in names:
+                await self._collection("instances").rename(_ASIDE)
             for name in COLLECTIONS:
                 await self._collection(name).drop()
         except _AWAY as error:
             raise Unavailable("the database is away") from error
         await self.ensure_indexes()
 
-    async def reopen_since(self, moment: datetime) -> None:
-        """Let studies that something was stored for since ``moment`` wait for their quiet period as usual."""
+    async def remembered(self, sop_instance_uids: Iterable[str]) -> Mapping[str, Document]:
+        """The versions put aside of these instances, by object key."""
+        try:
+            return {
+                version["reference"]["key"]: version
+                async for document in self._collection(_ASIDE).find(
+                    {"_id": {"$in": list(sop_instance_uids)}}, {"versions": 1}
+                )
+                for version in document["versions"]
+            }
+        except _AWAY as error:
+            raise Unavailable("the database is away") from error
+
+    async def end_rebuild(self, quiet_since: datetime) -> None:
+        """Forget what was put aside, and let studies with something newer wait for their quiet period as usual."""
         try:
             await self._collection("studies").update_many(
-                {"updated_at": {"$gt": moment}}, {"$set": {"stable": False, "stable_revision": 0}}
+                {"updated_at": {"$gt": quiet_since}}, {"$set": {"stable": False, "stable_revision": 0}}
             )
+            await self._collection(_ASIDE).drop()
         except _AWAY as error:
             raise Unavailable("the database is away") from error

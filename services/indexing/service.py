@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from libs.common.bus.port import Subscription
 from libs.common.events import InstanceStored
 from libs.common.runtime import Job, Resources, Service
 from services.indexing.config import IndexingSettings
-from services.indexing.handlers import Reading, announce_quiet_studies, index_instances
+from services.indexing.handlers import Reading, announce_quiet_studies, index_instances, rebuild_index
 from services.indexing.repository import MongoIndex
 
 
@@ -39,4 +41,12 @@ def build(resources: Resources) -> Service:
         ],
         jobs=[Job("announce quiet studies", settings.check_seconds, on_tick)],
         start=index.ensure_indexes,
+    )
+
+
+async def rebuild(resources: Resources, progress: Callable[[int], None] | None = None) -> int:
+    """Drop the image index and make it again from the object store; gives the number of objects read."""
+    reading = Reading.of(resources.settings, IndexingSettings())
+    return await rebuild_index(
+        objects=resources.objects, index=MongoIndex(resources.database), reading=reading, progress=progress
     )

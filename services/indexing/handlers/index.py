@@ -1,13 +1,12 @@
-"""The story of indexing: headers are read back from the store, documents written, and told."""
+"""Instances become findable: headers are read back from the store, documents written, and told."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Protocol, TypeVar
+from datetime import UTC, datetime
 
 import structlog
 
@@ -16,9 +15,11 @@ from libs.common.config import Settings
 from libs.common.dicom.header import read_header
 from libs.common.dicom.part10 import Truncated
 from libs.common.errors import Invalid
-from libs.common.events import Event, InstanceIndexed, InstanceRejected, InstanceStored, StudyChanged, StudyStable
+from libs.common.events import Event, InstanceIndexed, InstanceRejected, InstanceStored
 from libs.common.objects.port import Objects
 from services.indexing.config import IndexingSettings
+from services.indexing.handlers.announce import study_changed
+from services.indexing.handlers.promise import NAMESPACE, Index
 from services.indexing.model import (
     Collection,
     Document,
@@ -33,30 +34,6 @@ from services.indexing.model import (
 )
 
 log = structlog.get_logger()
-Result = TypeVar("Result")
-_NAMESPACE = uuid.UUID("6e0d5c0a-52a5-4c3e-8f0b-0d4c2f5b7a11")
-
-
-class Index(Protocol):
-    """The image index, whatever keeps it. Every method raises Unavailable when it is away."""
-
-    async def change(self, wanted: Iterable[tuple[Collection, str]], decide: Callable[[State], Result]) -> Result:
-        """Let the pure function ``decide`` change the wanted documents, all or nothing; it may be called again."""
-
-    async def quarantine(self, document: Document) -> None:
-        """Keep why something could not be indexed, once per ``_id``."""
-
-    async def claim_quiet_study(self, quiet: timedelta, lease: timedelta, token: str) -> Document | None:
-        """Lease one study that nothing arrived for."""
-
-    async def announced(self, study: Document, token: str) -> Document | None:
-        """The next revision of the leased study was announced; gives the study as it is now."""
-
-    async def untold_changes(self, older_than: timedelta) -> list[Document]:
-        """Studies that opened again without it having been told."""
-
-    async def change_told(self, study: Document) -> None:
-        """It has been told."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +139,7 @@ async def index_instances(
     told: list[Event] = []
     for one in read:
         if isinstance(one, Rejection):
-            told.append(await _quarantine(one, objects=objects, index=index))
+            told.append(await keep_aside(one, objects=objects, index=index))
     found = [one for one in read if isinstance(one, Found)]
     reopened: list[Document] = []
     if found:
@@ -170,7 +147,7 @@ async def index_instances(
         for outcome in verdict.outcomes:
             if outcome.indexed:
                 told.append(_indexed(outcome.event, outcome.new))
-    told += [_changed(study) for study in reopened]
+    told += [study_changed(study) for study in reopened]
     if told:
         await bus.publish(*told)
     for study in reopened:
@@ -181,7 +158,7 @@ async def index_instances(
 
 def _indexed(event: InstanceStored, new: bool) -> InstanceIndexed:
     return InstanceIndexed(
-        id=str(uuid.uuid5(_NAMESPACE, f"indexed {event.id}")),
+        id=str(uuid.uuid5(NAMESPACE, f"indexed {event.id}")),
         correlation_id=event.correlation_id,
         site=event.site,
         traceparent=event.traceparent,
@@ -194,9 +171,10 @@ def _indexed(event: InstanceStored, new: bool) -> InstanceIndexed:
     )
 
 
-async def _quarantine(rejection: Rejection, *, objects: Objects, index: Index) -> InstanceRejected:
+async def keep_aside(rejection: Rejection, *, objects: Objects, index: Index) -> InstanceRejected:
+    """Copy a rejected object into quarantine with its reason; gives the event that tells of it."""
     event = rejection.event
-    identity = str(uuid.uuid5(_NAMESPACE, f"quarantine {event.reference.key}"))
+    identity = str(uuid.uuid5(NAMESPACE, f"quarantine {event.reference.key}"))
     key = f"quarantine/{identity}.bin"
     await objects.copy(event.reference.key, key)
     await index.quarantine(
@@ -216,7 +194,7 @@ async def _quarantine(rejection: Rejection, *, objects: Objects, index: Index) -
     )
     log.warning("instance.rejected", quarantine_id=identity, reason=rejection.reason)
     return InstanceRejected(
-        id=str(uuid.uuid5(_NAMESPACE, f"rejected {event.id}")),
+        id=str(uuid.uuid5(NAMESPACE, f"rejected {event.id}")),
         correlation_id=event.correlation_id,
         site=event.site,
         quarantine_id=identity,
@@ -224,57 +202,3 @@ async def _quarantine(rejection: Rejection, *, objects: Objects, index: Index) -
         sop_instance_uid=event.sop_instance_uid,
         sop_class_uid=event.sop_class_uid,
     )
-
-
-def _study_event_id(what: str, study: Document, revision: int) -> str:
-    """The same for every attempt to tell the same, so that who hears it twice can know."""
-    return str(uuid.uuid5(_NAMESPACE, f"{what} {study['_id']} {study['created_at'].isoformat()} {revision}"))
-
-
-def _changed(study: Document) -> StudyChanged:
-    revision = study["stable_revision"]
-    return StudyChanged(
-        id=_study_event_id("changed", study, revision),
-        study_instance_uid=study["_id"],
-        instance_count=study["instance_count"],
-        revision=revision,
-    )
-
-
-async def announce_quiet_studies(*, index: Index, bus: Bus, settings: IndexingSettings) -> int:
-    """Tell of every study for which nothing arrived in the quiet period, each revision once; gives their number.
-
-    A study is leased while it is announced: a process that dies in between leaves it to another, which tells the same
-    revision under the same event id. Raises Unavailable.
-    """
-    await _tell_untold(index=index, bus=bus)
-    count = 0
-    token = str(uuid.uuid4())
-    quiet, lease = timedelta(seconds=settings.quiet_seconds), timedelta(seconds=settings.lease_seconds)
-    while (study := await index.claim_quiet_study(quiet, lease, token)) is not None:
-        revision = study["stable_revision"] + 1
-        await bus.publish(
-            StudyStable(
-                id=_study_event_id("stable", study, revision),
-                study_instance_uid=study["_id"],
-                instance_count=study["instance_count"],
-                series_count=study["series_count"],
-                size=study["size"],
-                revision=revision,
-            )
-        )
-        now = await index.announced(study, token)
-        if now is not None and not now["stable"]:
-            await bus.publish(_changed(now))
-            await index.change_told(now)
-        count += 1
-    if count:
-        log.info("study.stable", count=count)
-    return count
-
-
-async def _tell_untold(*, index: Index, bus: Bus) -> None:
-    """Tell of changes whose process died between writing and telling."""
-    for study in await index.untold_changes(timedelta(seconds=5)):
-        await bus.publish(_changed(study))
-        await index.change_told(study)
