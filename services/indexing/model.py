@@ -22,6 +22,7 @@ Document = dict[str, Any]
 Collection = Literal["patients", "studies", "series", "instances"]
 COLLECTIONS: tuple[Collection, ...] = ("patients", "studies", "series", "instances")
 
+_ELSEWHERE = "the instance belongs to another study or series"
 MOST_CONFLICTS = 200
 """Conflicts kept per study; a study with more is broken as a whole, and its document must stay small."""
 
@@ -208,7 +209,7 @@ def settle(versions: Iterable[Document]) -> tuple[list[Document], Document]:
         if current is not None:
             parents = (current["study_instance_uid"], current["series_instance_uid"])
             if (version["study_instance_uid"], version["series_instance_uid"]) != parents:
-                status, reason = "refused", "the instance belongs to another study or series"
+                status, reason = "refused", _ELSEWHERE
             elif version["on_conflict"] != "replace":
                 status, reason = "refused", f"another version was stored before (policy {version['on_conflict']})"
             else:
@@ -240,8 +241,8 @@ def apply(state: State, found: Found, known: Mapping[str, Found], now: datetime,
         return
     if old is not None and old["reference"]["key"] == current["reference"]["key"]:
         state.put("instances", old | {"versions": versions, "stored_at": current["stored_at"]})
-        if mine["status"] == "refused" and mine["reason"].startswith("the instance belongs"):
-            _record_conflict(state, old, "0020000D", [mine["study_instance_uid"]], now)
+        if any(version["reason"] == _ELSEWHERE for version in versions):
+            _record_refusals(state, old, versions, now)
         return
     content = known.get(current["reference"]["key"])
     if content is None:
@@ -323,12 +324,18 @@ def _count(
     if study is None:
         _take_patient(state, found, now)
         study = _new_study(found, now, stable=verdict.silent)
+    elif study["instance_count"] == 0:  # its only instance was replaced: nothing of what that one said is left
+        _take_patient(state, found, now)
+        kept = ("created_at", "series_count", "stable", "stable_revision", "changes", "change_untold", "sites")
+        study = _new_study(found, now, stable=verdict.silent) | {key: study[key] for key in kept if key in study}
     else:
         study = _filled(_with_conflicts(study, found), found.study)
     series = state.get("series", event.series_instance_uid)
     if series is None:
         series = _new_series(found, study["patient_key"])
         study = study | {"series_count": study["series_count"] + 1}
+    elif series["instance_count"] == 0 and series["study_instance_uid"] == event.study_instance_uid:
+        series = _new_series(found, study["patient_key"])
     else:
         if series["study_instance_uid"] != event.study_instance_uid:
             study = _conflict(study, "0020000E", [event.series_instance_uid], event.sop_instance_uid)
@@ -336,6 +343,7 @@ def _count(
     study = _stepped(study, 1, size, event.sop_class_uid, found.modality, now)
     if event.site and event.site not in study["sites"]:
         study |= {"sites": sorted([*study["sites"], event.site])}
+    study = _with_refusals(study, versions, event.sop_instance_uid)
     state.put("studies", _changed_study(study, verdict))
     state.put("series", _stepped(series, 1, size, event.sop_class_uid, None, now))
     document: Document = {
@@ -450,9 +458,21 @@ def _with_conflicts(study: Document, found: Found) -> Document:
     return study
 
 
-def _record_conflict(state: State, instance: Document, tag: str, value: list[Any], now: datetime) -> None:
+def _with_refusals(study: Document, versions: Iterable[Document], sop_instance_uid: str) -> Document:
+    """The study with the other studies and series that refused versions of an instance claimed to belong to."""
+    for version in versions:
+        if version["reason"] == _ELSEWHERE:
+            for tag, value in (
+                ("0020000D", version["study_instance_uid"]),
+                ("0020000E", version["series_instance_uid"]),
+            ):
+                study = _conflict(study, tag, [value], sop_instance_uid)
+    return study
+
+
+def _record_refusals(state: State, instance: Document, versions: Iterable[Document], now: datetime) -> None:
     study = state.get("studies", instance["study_instance_uid"])
     if study is not None:
-        changed = _conflict(study, tag, value, instance["_id"])
+        changed = _with_refusals(study, versions, instance["_id"])
         if changed is not study:
-            state.put("studies", changed | {"updated_at": now})
+            state.put("studies", changed | {"updated_at": max(now, study["updated_at"])})

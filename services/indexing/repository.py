@@ -185,7 +185,7 @@ class MongoIndex:
                     {
                         "$set": {
                             "stable": same,
-                            "change_untold": {"$not": [same]},
+                            "change_untold": {"$cond": [same, "$$REMOVE", True]},
                             "stable_revision": {"$add": ["$stable_revision", 1]},
                         }
                     },
