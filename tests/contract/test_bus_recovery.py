@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 async def stage(request: pytest.FixtureRequest) -> AsyncIterator[EmbeddedStage | RabbitStage]:
     made: EmbeddedStage | RabbitStage
     if request.param == "embedded":
-        made = EmbeddedStage(request.getfixturevalue("mongod"))
+        made = EmbeddedStage(request.getfixturevalue("private_mongod"))
     else:
-        made = RabbitStage(request.getfixturevalue("rabbitmq"))
+        made = RabbitStage(request.getfixturevalue("private_rabbitmq"))
     yield made
     await made.end()
 
@@ -83,7 +83,7 @@ async def test_server_restart_in_the_middle(stage: EmbeddedStage | RabbitStage) 
     await asyncio.to_thread(stage.server.stop)
     if isinstance(stage, RabbitStage):
         await until(lambda: refused > 0)
-    await asyncio.to_thread(stage.server.start)
+    await asyncio.to_thread(stage.server.restart)
     before = len(confirmed)
     await until(lambda: len(confirmed) > before + 50, timeout=60)
     going = False
@@ -98,7 +98,7 @@ async def test_queue_survives_a_server_restart(stage: EmbeddedStage | RabbitStag
     await bus.publish(*[Ticked(number=number) for number in range(5)])
     await stage.close(bus)
     await asyncio.to_thread(stage.server.stop)
-    await asyncio.to_thread(stage.server.start)
+    await asyncio.to_thread(stage.server.restart)
     again = await stage.open()
     await again.subscribe(stage.subscription(heard))
     await until(lambda: heard.numbers == [0, 1, 2, 3, 4], timeout=60)
@@ -219,19 +219,19 @@ async def test_outbox_is_relayed_by_the_next_process(outbox_stage: EmbeddedStage
     await until(lambda: emptied(second))
 
 
-async def test_outbox_over_a_rabbitmq_that_stops(outbox_stage: EmbeddedStage, rabbitmq: Server) -> None:
-    stage, heard = RabbitStage(rabbitmq), Heard()
+async def test_outbox_over_a_rabbitmq_that_stops(outbox_stage: EmbeddedStage, private_rabbitmq: Server) -> None:
+    stage, heard = RabbitStage(private_rabbitmq), Heard()
     try:
-        bus = await open_outbox(stage, RabbitBus(rabbitmq.url), outbox_stage.database)
+        bus = await open_outbox(stage, RabbitBus(private_rabbitmq.url), outbox_stage.database)
         await bus.subscribe(stage.subscription(heard))
         await bus.publish(Ticked(number=0))
-        await asyncio.to_thread(rabbitmq.stop)
+        await asyncio.to_thread(private_rabbitmq.stop)
         started = time.monotonic()
         for number in range(1, 20):
             await bus.publish(Ticked(number=number))
         assert time.monotonic() - started < 15
         assert await bus.backlog() >= 1
-        await asyncio.to_thread(rabbitmq.start)
+        await asyncio.to_thread(private_rabbitmq.restart)
         await until(lambda: set(heard.numbers) == set(range(20)), timeout=60)
         await until(lambda: emptied(bus))
     finally:

@@ -114,22 +114,32 @@ class _Feed:
         )
 
     async def _settle(self, verdicts: Sequence[Verdict]) -> None:
-        await asyncio.gather(*(self._settle_one(verdict) for verdict in verdicts))
-
-    async def _settle_one(self, verdict: Verdict) -> None:
-        message: AbstractIncomingMessage = verdict.delivery.receipt
-        # A lost channel cannot be answered on: the broker offers the message again.
+        settled = await asyncio.gather(*(self._move(verdict) for verdict in verdicts))
+        messages: list[AbstractIncomingMessage] = [
+            v.delivery.receipt for v, moved in zip(verdicts, settled, strict=True) if moved
+        ]
+        # A lost channel cannot be answered on: the broker offers the messages again.
         with suppress(*CONNECTION_EXCEPTIONS):
-            try:
-                if verdict.outcome is Outcome.RETRY:
-                    await self._bus.put_off(self.subscription.queue, verdict)
-                elif verdict.outcome is Outcome.DEAD:
-                    await self._bus.bury(self.subscription.queue, verdict)
-            except Unavailable as error:
-                log.warning("bus.settle_failed", queue=self.subscription.queue, reason=str(error))
-                await message.nack(requeue=True)
-            else:
-                await message.ack()
+            if self.subscription.concurrency > 1:
+                for message in messages:
+                    await message.ack()
+            elif messages:
+                # One worker takes the messages in the order of their tags, so everything up to the last is settled.
+                await max(messages, key=lambda message: message.delivery_tag or 0).ack(multiple=True)
+
+    async def _move(self, verdict: Verdict) -> bool:
+        """Put a failed event where it belongs. False when that did not work and the broker has it again."""
+        try:
+            if verdict.outcome is Outcome.RETRY:
+                await self._bus.put_off(self.subscription.queue, verdict)
+            elif verdict.outcome is Outcome.DEAD:
+                await self._bus.bury(self.subscription.queue, verdict)
+        except Unavailable as error:
+            log.warning("bus.settle_failed", queue=self.subscription.queue, reason=str(error))
+            with suppress(*CONNECTION_EXCEPTIONS):
+                await verdict.delivery.receipt.nack(requeue=True)
+            return False
+        return True
 
     async def stop(self) -> None:
         if self._cancel is not None:
