@@ -79,6 +79,8 @@ _LONG = struct.Struct("<L")
 _PDU = struct.Struct(">BxL")
 _P_DATA = struct.Struct(">BxLLBB")
 _PDV_OVERHEAD = 6
+_PADDING = memoryview(b"\0")
+"""What ends a dataset of odd length: only a deflated one can be, and this is how it is made even (PS3.5 A.5)."""
 
 RELEASE_RQ_PDU = bytes((RELEASE_RQ, 0, 0, 0, 0, 4, 0, 0, 0, 0))
 RELEASE_RP_PDU = bytes((RELEASE_RP, 0, 0, 0, 0, 4, 0, 0, 0, 0))
@@ -100,8 +102,11 @@ def reject_pdu(rejection: Rejection) -> bytes:
 
 
 def fragment_size(max_pdu: int) -> int:
-    """Bytes of a message in one PDU for a peer that takes PDUs of ``max_pdu`` bytes (0: no limit)."""
-    return (min(max(max_pdu, SMALLEST_PDU), UNLIMITED_PDU) if max_pdu else UNLIMITED_PDU) - _PDV_OVERHEAD
+    """Bytes of a message in one PDU for a peer that takes PDUs of ``max_pdu`` bytes (0: no limit).
+
+    Always even: DCMTK aborts at a fragment of odd length.
+    """
+    return ((min(max(max_pdu, SMALLEST_PDU), UNLIMITED_PDU) if max_pdu else UNLIMITED_PDU) - _PDV_OVERHEAD) & ~1
 
 
 def _p_data_header(context_id: int, length: int, control: int) -> bytes:
@@ -111,6 +116,9 @@ def _p_data_header(context_id: int, length: int, control: int) -> bytes:
 def _fragments(context_id: int, is_command: int, pieces: Iterable[Bytes], size: int) -> Iterator[Bytes]:
     views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
     left = sum(map(len, views))
+    if left & 1:
+        views.append(_PADDING)
+        left += 1
     if not left:
         yield _p_data_header(context_id, 0, is_command | 2)
         return
@@ -167,6 +175,9 @@ async def fragment_stream(
         if len(ready) > 2:
             yield ready
             ready = []
+    if length & 1:
+        held.append(_PADDING)
+        length += 1
     ready.append(_p_data_header(context_id, length, 2))
     ready.extend(held)
     yield ready

@@ -26,6 +26,10 @@ def _split(data: bytes) -> list[bytes]:
     return pdus
 
 
+def _even(data: bytes) -> bytes:
+    return data + b"\0" * (len(data) % 2)
+
+
 def _reassemble(data: bytes, largest: int) -> tuple[bytes, bytes | None]:
     command, dataset = b"", None
     ended = {True: False, False: False}
@@ -37,6 +41,7 @@ def _reassemble(data: bytes, largest: int) -> tuple[bytes, bytes | None]:
             assert item.presentation_context_id == 3
             value = item.presentation_data_value
             assert value is not None
+            assert len(value) % 2 == 1  # the control header and an even number of bytes
             is_command, is_last = bool(value[0] & 1), bool(value[0] & 2)
             assert not ended[is_command]
             ended[is_command] = is_last
@@ -56,8 +61,8 @@ def _reassemble(data: bytes, largest: int) -> tuple[bytes, bytes | None]:
 )
 def test_fragments_carry_the_message(command: bytes, dataset: list[bytes] | None, max_pdu: int) -> None:
     data = b"".join(wire.fragment_message(3, command, dataset, max_pdu))
-    expected = None if dataset is None else b"".join(dataset)
-    assert _reassemble(data, max_pdu or wire.UNLIMITED_PDU) == (command, expected)
+    expected = None if dataset is None else _even(b"".join(dataset))
+    assert _reassemble(data, max_pdu or wire.UNLIMITED_PDU) == (_even(command), expected)
 
 
 @pytest.mark.parametrize("max_pdu", [0, 128, 200, 4096])
@@ -70,7 +75,7 @@ async def test_stream_carries_the_message(sizes: list[int], max_pdu: int) -> Non
             yield piece
 
     data = b"".join([b"".join(block) async for block in wire.fragment_stream(3, b"cc", dataset(), max_pdu)])
-    assert _reassemble(data, max_pdu or wire.UNLIMITED_PDU) == (b"cc", b"".join(pieces))
+    assert _reassemble(data, max_pdu or wire.UNLIMITED_PDU) == (b"cc", _even(b"".join(pieces)))
 
 
 def test_command_set_reads_back_in_pydicom() -> None:
