@@ -11,15 +11,23 @@ from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
 _ESCAPE = b"\x1b"
 _PARTS = re.compile(rb"\x1b[^\x1b]*|[^\x1b]+")
+_LEFT_OVER = re.compile("\x1b[\x20-\x2f]+[\x40-\x7e]")
 # Escape sequences that put a two-byte set into G0, where the bytes of "\", "^" and "=" are halves of characters.
 _TWO_BYTE_G0 = (b"\x1b$B", b"\x1b$@", b"\x1b$(D")
+
+
+def _known(term: str) -> str:
+    """A defined term, or one that pydicom can guess; anything else would be looked up among Python's codecs."""
+    if term in charset.python_encoding or re.fullmatch(r"ISO.IR.?\d+|ISO.2022.IR.\d+", term, re.ASCII):
+        return term
+    return "ISO_IR 192" if term.upper().replace("-", "") == "UTF8" else ""
 
 
 class Charset:
     """How the text of one dataset (or sequence item) is decoded. Made from the value of Specific Character Set."""
 
     def __init__(self, declared: bytes) -> None:
-        terms = [term.strip() for term in declared.decode("ascii", "replace").rstrip("\0").split("\\")]
+        terms = [_known(term.strip()) for term in declared.decode("ascii", "replace").rstrip("\0").split("\\")]
         self.terms = tuple(terms)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -57,7 +65,8 @@ class Charset:
             return self._plain(raw)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return charset.decode_bytes(raw, self._encodings, delimiters)
+            text = charset.decode_bytes(raw, self._encodings, delimiters)
+        return _LEFT_OVER.sub("", text)  # Python's GB 2312 hands the escape sequence through
 
 
 def _split(raw: bytes, delimiter: int) -> list[bytes]:

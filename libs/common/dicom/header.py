@@ -214,7 +214,7 @@ def read_header(content: bytes, total: int | None = None, wanted: frozenset[int]
 
     All transfer syntaxes are read; reading stops behind the last wanted tag, so pixels are never touched. A deflated
     dataset is inflated as far as it is there. Raises Truncated when more of the object is needed, with ``needed`` the
-    number of bytes from its start to try next; Invalid when not even the first elements make sense. A dataset that
+    number of bytes from its start to try next; Invalid when nothing of what is wanted can be read. A dataset that
     breaks later gives what stands before the break, with a problem.
     """
     total = len(content) if total is None else total
