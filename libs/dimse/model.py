@@ -184,7 +184,7 @@ class OutgoingInstance:
 
 
 SendInstance = Callable[[OutgoingInstance], Awaitable[Status]]
-"""Sends one C-STORE sub-operation on the association of a C-GET. A context that was not accepted gives Status 0xA900."""
+"""Sends one C-STORE sub-operation on the association of a C-GET. A context not accepted gives Status 0xA900."""
 
 ReportProgress = Callable[[Progress], Awaitable[None]]
 
