@@ -198,7 +198,7 @@ def test_a_header_that_breaks_keeps_what_came_before() -> None:
     with pytest.raises(Invalid):
         read_header(b"\0" * 400)
     with pytest.raises(Invalid):
-        read_header(build_file_meta(CT, "1.2.3", "1.2.840.10008.1.2.1") + b"\x00\x10" * 100)
+        read_header(build_file_meta(CT, "1.2.3", "1.2.840.10008.1.2.1") + b"\x08\0\x18\0UI")
     with pytest.raises(Invalid):
         read_header(build_file_meta(CT, "1.2.3", "1.2.840.10008.1.2.1.99") + b"\xff" * 100)
 
