@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
-from services.indexing.handlers import rebuild as rebuild_index
+from services.indexing.service import rebuild as rebuild_index
 
 from cli.embedded import attach
 from libs.common import database as databases
