@@ -69,10 +69,7 @@ UNABLE_TO_PROCESS = 0xC001
 NOTHING = Progress(0, 0, 0, 0)
 
 
-_NEWER_STORAGE = frozenset(
-    ("1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8")
-    + ("1.2.840.10008.5.1.4.1.1.9.100.1", "1.2.840.10008.5.1.4.1.1.9.100.2")
-)
+_NEWER_STORAGE = frozenset(f"1.2.840.10008.5.1.4.1.1.{rest}" for rest in ("66.7", "66.8", "9.100.1", "9.100.2"))
 """Label map and height map segmentation, and the waveform presentation states: newer than pydicom's dictionary."""
 
 
