@@ -24,7 +24,7 @@ def check_identity(identity: Identity, *, sop_class_uid: str, sop_instance_uid: 
     for name, uid in named:
         if not uid:
             raise DoesNotMatch(f"{name} is missing")
-        if not is_usable_uid(uid):
+        if not is_usable_uid(uid) or uid.startswith("."):
             raise DoesNotMatch(f"{name} is not a UID")
     if identity.sop_class_uid != clean_uid(sop_class_uid):
         raise DoesNotMatch("SOP Class UID (0008,0016) differs from the C-STORE command")
