@@ -13,12 +13,15 @@ import pytest
 from motor.motor_asyncio import AsyncIOMotorDatabase
 
 from libs.common.bus import MemoryBus
+from libs.common.config import Settings
 from libs.common.errors import NotFound, Unavailable
 from libs.common.events import InstanceIndexed, InstanceRejected, InstanceStored, StudyChanged, StudyStable
 from libs.common.objects.filesystem import FilesystemObjects
+from libs.common.runtime import Resources
 from services.indexing.config import IndexingSettings
 from services.indexing.handlers import announce_quiet_studies, index_instances, rebuild_index
 from services.indexing.repository import MongoIndex
+from services.indexing.service import build, rebuild
 from tests.unit.services.indexing.stage import reading, stored
 
 Database = AsyncIOMotorDatabase[dict[str, Any]]
@@ -270,3 +273,25 @@ async def test_the_questions_of_queries_use_an_index(room: Room) -> None:
     ):
         plan = await room.database[collection].find(question).explain()
         assert "COLLSCAN" not in str(plan["queryPlanner"]["winningPlan"]), (collection, question)
+
+
+async def test_the_service_hears_a_stored_instance_and_its_study_becomes_stable(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGITTAL_INDEXING_QUIET_SECONDS", "0")
+    service = build(Resources(Settings(), room.database, room.objects, room.bus))
+    assert service.start is not None
+    await service.start()
+    for subscription in service.subscriptions:
+        await room.bus.subscribe(subscription)
+    await room.bus.publish(await room.store(site=""))
+    deadline = asyncio.get_running_loop().time() + 20
+    while not room.told(InstanceIndexed):
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.02)
+    for job in service.jobs:
+        await job.run()
+    await room.bus.stop()
+    assert [event.instance_count for event in room.told(StudyStable)] == [1]
+    assert list(await room.documents("patients")) == ["MAIN|P1"]
+    assert await rebuild(Resources(Settings(), room.database, room.objects, room.bus)) == 1
