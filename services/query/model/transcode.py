@@ -20,6 +20,7 @@ from pydicom.uid import (
 from libs.common.dicom.part10 import build_file_meta
 from libs.common.errors import Invalid
 from services.query.model.encoding import (
+    BITS_ALLOCATED,
     EXPLICIT_BIG,
     EXPLICIT_LITTLE,
     IMPLICIT_LITTLE,
@@ -75,7 +76,10 @@ def _with_decoded_pixels(written: dict[int, bytes], dataset: bytes, source: str,
     changed = Dataset()
     for element in decoded:
         tag = element.tag
-        if tag == PIXEL_DATA or (tag.group == 0x0028 and (tag not in before or before[tag] != element)):
+        # Bits Allocated goes along in any case: the byte order of long pixels depends on it.
+        if tag in (PIXEL_DATA, BITS_ALLOCATED) or (
+            tag.group == 0x0028 and (tag not in before or before[tag] != element)
+        ):
             changed.add(element)
     buffer = DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = True, False
