@@ -8,11 +8,15 @@ import contextlib
 import hashlib
 import itertools
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypeVar
 
 from libs.common.errors import NotFound, Unavailable
@@ -22,6 +26,7 @@ from libs.common.objects.port import Content, ObjectStat
 T = TypeVar("T")
 _THREADS = 16
 _LISTED = 500
+_ABANDONED = 3600.0  # seconds since the last byte
 
 
 class FilesystemObjects:
@@ -31,6 +36,8 @@ class FilesystemObjects:
         self._root = root.resolve()
         self._incoming = self._root / ".incoming"
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="objects")
+        # Containers that share the folder have the same process ids: the token tells their files apart.
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
         self._number = itertools.count()
         self._known_folders: set[Path] = set()
 
@@ -40,9 +47,12 @@ class FilesystemObjects:
     def _prepare(self) -> None:
         self._incoming.mkdir(parents=True, exist_ok=True)
         for left in self._incoming.iterdir():
-            # Other processes share the folder: only what a dead process left is removed.
-            if not _alive(left.name.split("-")[0]):
-                left.unlink(missing_ok=True)
+            # Other processes share the folder, perhaps from other machines: only what is old, or what a process of
+            # this machine left that lives no more, is nobody's.
+            host, _, rest = left.name.rpartition("-")[0].rpartition("-")[0].rpartition("-")
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - _ABANDONED or (host == socket.gethostname() and _dead(rest)):
+                    left.unlink()
 
     async def stop(self) -> None:
         self._pool.shutdown(wait=True)
@@ -52,7 +62,7 @@ class FilesystemObjects:
         return await self._run(lambda: self._put(key, path, content, sha256))
 
     def _put(self, key: str, path: Path, content: Content, sha256: str | None) -> ObjectStat:
-        temporary = self._incoming / f"{os.getpid()}-{next(self._number)}"
+        temporary = self._incoming / f"{self._name}-{next(self._number)}"
         digest = hashlib.sha256() if sha256 is not None else None
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
@@ -86,17 +96,18 @@ class FilesystemObjects:
         """Make the folder and flush each new name into its parent: a synced file in a lost folder is lost."""
         if folder in self._known_folders:
             return
-        missing = []
+        # Also folders that exist are flushed once: another thread or process may have made them and not got to it yet.
+        unsure = []
         current = folder
-        while not current.exists():
-            missing.append(current)
+        while current != self._root and current not in self._known_folders:
+            unsure.append(current)
             current = current.parent
         folder.mkdir(parents=True, exist_ok=True)
-        for made in reversed(missing):
+        for made in reversed(unsure):
             _sync_folder(made.parent)
         if len(self._known_folders) > 50_000:
             self._known_folders.clear()
-        self._known_folders.add(folder)
+        self._known_folders.update(unsure)
 
     async def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
@@ -124,13 +135,15 @@ class FilesystemObjects:
     async def stat(self, key: str) -> ObjectStat:
         path = self._path(key)
         status = await self._run(path.stat)
+        if not S_ISREG(status.st_mode):
+            raise NotFound("no such object")
         return ObjectStat(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     async def delete(self, key: str) -> None:
         path = self._path(key)
 
         def remove() -> None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 path.unlink()
                 _sync_folder(path.parent)
 
@@ -175,7 +188,7 @@ class FilesystemObjects:
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NotFound("no such object") from error
         except OSError as error:
             raise Unavailable(f"the object folder cannot be used: {error.strerror}") from error
@@ -196,11 +209,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(pid: str) -> bool:
+def _dead(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
+    except ProcessLookupError:
         return True
-    return int(pid) != os.getpid()
+    except (PermissionError, ValueError):
+        return False
+    return False

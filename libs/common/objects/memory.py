@@ -45,6 +45,7 @@ class MemoryObjects:
         self._objects.pop(check_key(key), None)
 
     async def copy(self, source: str, target: str) -> ObjectStat:
+        check_key(target)
         return await self.put(target, self._find(source)[0])
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectStat]:

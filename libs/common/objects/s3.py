@@ -36,7 +36,14 @@ class S3Objects:
     """Objects in one bucket (made when absent). ``url`` is ``http[s]://host:port``."""
 
     def __init__(
-        self, url: str, *, access_key: str, secret_key: str, bucket: str, region: str, threads: int = _THREADS
+        self,
+        url: str,
+        *,
+        access_key: str,
+        secret_key: str,
+        bucket: str,
+        region: str = "us-east-1",
+        threads: int = _THREADS,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
