@@ -18,11 +18,11 @@ from pydicom.uid import UID
 from pynetdicom import AllStoragePresentationContexts
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from libs.common.dicom.part10 import build_file_meta, split_part10
 from libs.common.errors import Invalid, SagittalError
-from libs.dimse.model import DimseError, OutgoingInstance, Status, StoreRequest
+from libs.dimse.model import DimseError, OutgoingInstance, ProtocolError, Status, StoreRequest
 from libs.dimse.requestor import UNCOMPRESSED, VERIFICATION, connect, store_many
 
 FIND: Final = {"PATIENT": "1.2.840.10008.5.1.4.1.2.1.1"}
@@ -41,6 +41,7 @@ COLUMNS: Final = {
 HEADER_BYTES: Final = 64 << 10
 PIECE_BYTES: Final = 1 << 20
 MOST_STORAGE_CONTEXTS: Final = 126
+MOST_LOST: Final = 3
 
 Result = TypeVar("Result")
 Peer = Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the other DICOM application listens.")]
@@ -88,34 +89,46 @@ def send(
         _fail(f"There is no {missing[0]}.")
     reasons: Counter[str] = Counter()
     instances = list(_instances(paths, reasons))
-    warned, skipped = 0, reasons.total()
+    warned = 0
 
     async def run() -> int:
         nonlocal warned
-        sent = 0
+        sent, done, lost = 0, 0, 0
         with _progress() as progress:
             task = progress.add_task("sending", total=len(instances))
-            async with contextlib.aclosing(
-                store_many(host, port, instances, called_ae_title=called, calling_ae_title=calling)
-            ) as results:
+            while done < len(instances):
                 try:
-                    async for _, status in results:
-                        progress.advance(task)
-                        # 0xB000, 0xB006, 0xB007: stored, with a remark (PS3.4 B.2.3).
-                        if status.code == 0 or status.code >> 12 == 0xB:
-                            sent += 1
-                            warned += status.code != 0
-                        else:
-                            reasons[f"0x{status.code:04X} {status.comment}".strip()] += 1
+                    async with contextlib.aclosing(
+                        store_many(host, port, instances[done:], called_ae_title=called, calling_ae_title=calling)
+                    ) as results:
+                        async for _, status in results:
+                            done, lost = done + 1, 0
+                            progress.advance(task)
+                            # 0xB000, 0xB006, 0xB007: stored, with a remark (PS3.4 B.2.3).
+                            if status.code == 0 or status.code >> 12 == 0xB:
+                                sent += 1
+                                warned += status.code != 0
+                            else:
+                                reasons[f"0x{status.code:04X} {status.comment or _words(status.code)}"] += 1
+                except ProtocolError as error:
+                    # Some peers abort at a file that they do not like: the one without an answer. Go on behind it.
+                    lost += 1
+                    reasons[f"no answer: {error}"] += 1
+                    done += 1
+                    if lost < MOST_LOST:
+                        continue
+                    reasons["not sent: the peer ends every association"] += len(instances) - done
+                    break
                 except DimseError as error:
-                    reasons[f"not sent: {error}"] += len(instances) - sent - (reasons.total() - skipped)
+                    reasons[f"not sent: {error}"] += len(instances) - done
+                    break
         return sent
 
     sent = _finish(run()) if instances else 0
     console.print(f"{sent} stored" + (f" ({warned} with a warning)" if warned else "") + f", {reasons.total()} not.")
-    for reason, count in reasons.most_common():
+    for reason, count in (+reasons).most_common():
         errors.print(f"  {count} x {reason}", soft_wrap=True, markup=False)
-    if reasons or not sent:
+    if reasons.total() or not sent:
         raise typer.Exit(1)
 
 
@@ -167,7 +180,7 @@ def find(
         for match in matches:
             print(json.dumps(match.to_json_dict(), ensure_ascii=False))
     else:
-        table = Table(*columns)
+        table = Table(*(Column(name, overflow="fold") for name in columns))
         for match in matches:
             table.add_row(*(_cell(match, name) for name in columns))
         console.print(table)
@@ -331,6 +344,17 @@ def _cell(match: Dataset, keyword: str) -> str:
     value: Any = match.get(keyword, "")
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value if value is not None else "")
     return text.replace("[", r"\[")
+
+
+def _words(code: int) -> str:
+    """What a C-STORE status means (PS3.4 B.2.3) when the peer did not say."""
+    if code >> 8 == 0xA7:
+        return "the peer is out of resources: try again later"
+    if code >> 8 == 0xA9:
+        return "the dataset does not match its SOP class"
+    if code >> 12 == 0xC:
+        return "the peer cannot understand it"
+    return {0x0122: "the peer does not take this SOP class", 0x0124: "not authorised"}.get(code, "refused")
 
 
 def _address(peer: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -86,7 +87,10 @@ class Link:
         except ssl.SSLError as error:
             raise ConnectionRefused(f"TLS with {host}:{port} failed: {error.reason or error}.") from error
         except OSError as error:
-            raise ConnectionRefused(f"No connection to {host}:{port}: {error.strerror or error}.") from error
+            # asyncio words its own OSError: the system's words for the number say more to a person.
+            number = error.errno or 0
+            reason = os.strerror(number) if number > 0 else str(error.strerror or error)
+            raise ConnectionRefused(f"No connection to {host}:{port}: {reason.lower()}.") from error
         writer.transport.set_write_buffer_limits(high=READ_CHUNK)
         return cls(reader, writer, timeout=timeout, spool_threshold=spool_threshold, spool_directory=spool_directory)
 
