@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorDatabase
@@ -36,6 +36,9 @@ _AWAY = (
     ExecutionTimeout,
     WTimeoutError,
 )
+# Of the server's error_codes.yml: host away, shutting down, no primary, interrupted by either, replication too slow,
+# disk full.
+_AWAY_CODES = {6, 7, 64, 89, 91, 189, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 
 
 def connect(url: str, name: str) -> Database:
@@ -63,8 +66,13 @@ def is_away(error: BaseException) -> bool:
     """Whether the error means that MongoDB is away or changing primary: the same call may work later."""
     if isinstance(error, _AWAY):
         return True
-    labelled = isinstance(error, OperationFailure) and error.has_error_label("RetryableWriteError")
-    return labelled and not isinstance(error, DuplicateKeyError)
+    if isinstance(error, DuplicateKeyError) or not isinstance(error, OperationFailure):
+        return False
+    if error.has_error_label("RetryableWriteError") or error.has_error_label("TransientTransactionError"):
+        return True
+    details = error.details or {}  # a bulk write keeps here what became of each of its writes
+    codes = {error.code, *(found.get("code") for found in details.get("writeConcernErrors", []))}
+    return not codes.isdisjoint(_AWAY_CODES)
 
 
 @contextlib.contextmanager
@@ -78,7 +86,7 @@ def translate_errors() -> Iterator[None]:
         raise
 
 
-async def ensure_indexes(database: Database, specifications: dict[str, Sequence[IndexModel]]) -> None:
+async def ensure_indexes(database: Database, specifications: Mapping[str, Sequence[IndexModel]]) -> None:
     """Make the indexes of each collection; nothing happens for those that exist. Raises Unavailable."""
     with translate_errors():
         for collection, models in specifications.items():
@@ -88,14 +96,15 @@ async def ensure_indexes(database: Database, specifications: dict[str, Sequence[
 async def acquire_lease(database: Database, name: str, owner: str, seconds: float) -> bool:
     """Take or renew the lease of this name; False when another owner holds it. Raises Unavailable.
 
-    The lease ends by itself ``seconds`` from now, so that a killed owner blocks nobody for longer.
+    The lease ends by itself ``seconds`` from now, so that a killed owner blocks nobody for longer. The time is
+    MongoDB's: the clocks of replicas differ.
     """
-    now = datetime.now(UTC)
+    until = {"$add": ["$$NOW", int(seconds * 1000)]}
     with translate_errors():
         try:
             taken = await database["leases"].find_one_and_update(
-                {"_id": name, "$or": [{"owner": owner}, {"until": {"$lte": now}}]},
-                {"$set": {"owner": owner, "until": now + timedelta(seconds=seconds)}},
+                {"_id": name, "$or": [{"owner": owner}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]},
+                [{"$set": {"owner": {"$literal": owner}, "until": until}}],
                 upsert=True,
                 return_document=ReturnDocument.AFTER,
             )
