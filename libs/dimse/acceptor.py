@@ -1,103 +1,110 @@
-"""The listening side: takes connections, gives each to an association, and ends them in order."""
+"""Listens for associations (PS3.8) and answers them by the services it was given."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import ssl as tls
 from collections.abc import Sequence
 from pathlib import Path
 
-from libs.dimse.association import AcceptedAssociation, Terms
+from libs.dimse.association import Association, Room, Terms
 from libs.dimse.model import CallerPolicy, Scp
-from libs.dimse.spool import Budget
-
-DEFAULT_BUDGET = 256 << 20
 
 
 class Acceptor:
-    """A running listener; made by ``serve``."""
+    """A listener and its associations; made by ``serve``."""
 
-    def __init__(self, server: asyncio.Server, terms: Terms) -> None:
+    def __init__(self, server: asyncio.Server, room: Room) -> None:
         self._server = server
-        self._terms = terms
-
-    @property
-    def port(self) -> int:
-        return int(self._server.sockets[0].getsockname()[1])
+        self._room = room
+        self.port: int = server.sockets[0].getsockname()[1]
 
     @property
     def associations(self) -> int:
-        """Associations (and connections that have not asked for one yet) at this moment."""
-        return len(self._terms.associations)
+        """How many associations are established."""
+        return self._room.established
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of datasets in memory, of all associations."""
+        return self._room.held
 
     async def stop(self, drain: float) -> None:
-        """Stop accepting, let every request in hand be answered, end what is left after ``drain`` seconds."""
-        self._terms.stopping = True
+        """Stop accepting, let what is in hand finish for up to ``drain`` seconds, then abort the rest.
+
+        Idle associations are released; so is every other one when its handler is done.
+        """
+        self._room.draining = True
         self._server.close()
-        open_now = list(self._terms.associations)
-        for association in open_now:
-            association.wake()
-        if open_now:
-            closing = [asyncio.ensure_future(association.until_closed()) for association in open_now]
-            _, late = await asyncio.wait(closing, timeout=drain)
-            for association in list(self._terms.associations):
-                association.abort(0, 0)
-            if late:
-                await asyncio.wait(late, timeout=3.0)
-            for one in late:
-                one.cancel()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await self._server.wait_closed()
+        for association in list(self._room.connections):
+            association.drain()
+        ending = [asyncio.create_task(association.ended.wait()) for association in self._room.connections]
+        if ending:
+            await asyncio.wait(ending, timeout=drain)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*(association.end() for association in list(self._room.connections)))
 
 
 async def serve(
     scps: Sequence[Scp],
     *,
     ae_title: str,
-    host: str = "127.0.0.1",
+    host: str,
     port: int = 0,
     sock: socket.socket | None = None,
     policy: CallerPolicy | None = None,
     max_associations: int = 200,
-    max_pdu: int = 262_144,
+    max_pdu: int = 262144,
     spool_threshold: int = 32 << 20,
     spool_dir: Path | None = None,
-    memory_budget: int = DEFAULT_BUDGET,
-    artim: float = 30.0,
-    idle_timeout: float = 600.0,
-    dimse_timeout: float = 60.0,
+    memory_limit: int = 256 << 20,
+    artim: float = 30,
+    idle_timeout: float = 600,
+    dimse_timeout: float = 60,
     ssl: tls.SSLContext | None = None,
     reuse_port: bool = False,
 ) -> Acceptor:
-    """Listen for associations and answer them by the handlers of ``scps``.
+    """Listen on ``host`` and ``port`` (0: a free one), or on ``sock`` when given. Times are seconds, sizes bytes.
 
-    ``max_pdu`` is the longest P-DATA PDU we take (PS3.8 D.1), in bytes. Datasets above ``spool_threshold`` bytes, and
-    all above 1 MiB while the associations together hold more than ``memory_budget`` bytes, go to files in
-    ``spool_dir``. Times are in seconds. ``ssl`` makes every connection TLS.
+    ``max_pdu`` is the maximum length we advertise. A dataset above ``spool_threshold`` goes to a file in ``spool_dir``
+    (None: the system's); above ``memory_limit`` for all associations together every one larger than 1 MiB does.
+    ``policy`` decides about each caller, called AE title included; without one every caller is accepted under any
+    name, since ``ae_title`` only names us. Raises OSError when the address cannot be had.
     """
+    if max_pdu < 4096:
+        raise ValueError("the maximum PDU length must be 4096 bytes or more")
+    room = Room()
     terms = Terms(
-        scps=scps,
-        ae_title=ae_title,
+        scps=tuple(scps),
         policy=policy,
         max_associations=max_associations,
         max_pdu=max_pdu,
         spool_threshold=spool_threshold,
         spool_dir=spool_dir,
+        memory_limit=memory_limit,
         artim=artim,
         idle_timeout=idle_timeout,
         dimse_timeout=dimse_timeout,
-        budget=Budget(memory_budget),
     )
     loop = asyncio.get_running_loop()
 
-    def factory() -> AcceptedAssociation:
-        return AcceptedAssociation(terms)
+    def associate() -> Association:
+        return Association(terms, room)
 
+    handshake = artim if ssl is not None else None
     if sock is not None:
-        server = await loop.create_server(factory, sock=sock, ssl=ssl, backlog=512)
+        server = await loop.create_server(associate, sock=sock, backlog=512, ssl=ssl, ssl_handshake_timeout=handshake)
     else:
-        server = await loop.create_server(factory, host, port, ssl=ssl, backlog=512, reuse_port=reuse_port or None)
-    return Acceptor(server, terms)
+        server = await loop.create_server(
+            associate,
+            host,
+            port,
+            backlog=512,
+            ssl=ssl,
+            ssl_handshake_timeout=handshake,
+            reuse_address=True,
+            reuse_port=reuse_port or None,
+        )
+    return Acceptor(server, room)

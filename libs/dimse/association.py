@@ -1,370 +1,601 @@
-"""One accepted association: its state machine (PS3.8 9.2), timers, back-pressure, and the messages on it."""
+"""One association that a peer requested: its states (PS3.8 9.2), timers, back-pressure and the messages on it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
+import socket
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import structlog
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 
-from libs.dimse import wire
-from libs.dimse.model import Caller, CallerPolicy, ProtocolError, Rejection, Scp
-from libs.dimse.negotiation import AcceptedContext, negotiate, read_proposal
-from libs.dimse.pdata import (
-    INVALID_PARAMETER,
-    NOT_SPECIFIED,
-    UNEXPECTED_PDU,
-    ControlPdu,
-    Message,
-    PduReader,
-    Violation,
-)
-from libs.dimse.services import Dispatcher
-from libs.dimse.spool import Budget, Spool, discard
+from libs.dimse import pdata, wire
+from libs.dimse.model import Caller, CallerPolicy, DimseError, ProtocolError, Rejection, Scp, TimedOut
+from libs.dimse.negotiation import AcceptedContext, Agreement, Proposal, negotiate, read_proposal
+from libs.dimse.pdata import ControlPdu, Event, Message, PduReader, Violation
+from libs.dimse.responder import Responder
+from libs.dimse.spool import Spool
 
 log = structlog.get_logger()
-_WAITING_MESSAGES = 8
-_PARTS_PER_WRITE = 256
+
+_PARTS_PER_WRITE = 128
+_WRITE_BUFFER = 1 << 20
+_QUEUED_MESSAGES = 8
+_QUEUED_BYTES = 4 << 20
+"""What may wait behind a message in hand: a window of one operation was negotiated, so it is a peer in error."""
+_SPOOL_STEP = 1 << 20
+_RELEASE_GRACE = 3.0
+
 _LOCAL_LIMIT = Rejection(2, 3, 2, "local limit exceeded")
+_CONGESTION = Rejection(2, 3, 1, "temporary congestion")
+_APPLICATION_CONTEXT = Rejection(1, 1, 2, "application context name not supported")
+_PROTOCOL_VERSION = Rejection(1, 2, 2, "protocol version not supported")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Terms:
-    """What all associations of one acceptor share."""
+    """What all associations of an acceptor share and never change; times in seconds, sizes in bytes."""
 
     scps: Sequence[Scp]
-    ae_title: str
     policy: CallerPolicy | None
     max_associations: int
     max_pdu: int
     spool_threshold: int
     spool_dir: Path | None
+    memory_limit: int
     artim: float
     idle_timeout: float
     dimse_timeout: float
-    budget: Budget
-    associations: set[AcceptedAssociation] = field(default_factory=set)
-    stopping: bool = False
 
 
-class AcceptedAssociation(asyncio.Protocol):
-    """The acceptor's side of one connection. Everything a peer does wrong ends here and nowhere else."""
+@dataclass
+class Room:
+    """What the associations of an acceptor occupy together."""
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    connections: set[Association] = field(default_factory=set)
+    established: int = 0
+    held: int = 0
+    """Bytes of datasets in memory, of all associations."""
+    draining: bool = False
+
+
+class _State(enum.Enum):
+    AWAITING_REQUEST = enum.auto()
+    NEGOTIATING = enum.auto()
+    OPEN = enum.auto()
+    RELEASING = enum.auto()
+    COLLIDED = enum.auto()
+    AWAITING_CLOSE = enum.auto()
+    CLOSED = enum.auto()
+
+
+class Association(asyncio.Protocol):
+    """Lives from the TCP connection to its end. A fault of the peer ends this association and nothing else."""
+
+    def __init__(self, terms: Terms, room: Room) -> None:
+        self.association_id = uuid.uuid4().hex
+        self.caller: Caller | None = None
         self.contexts: Mapping[int, AcceptedContext] = {}
         self.extended: Mapping[str, bytes] = {}
-        self.caller: Caller
-        self.peer_max_pdu = 0
-        self.closed = asyncio.Event()
-        self.busy = False
+        self.ended = asyncio.Event()
+        self._terms = terms
+        self._room = room
+        self._state = _State.AWAITING_REQUEST
         self._reader = PduReader(terms.max_pdu)
-        self._spool = Spool(terms.budget, terms.spool_threshold, terms.spool_dir)
-        self._queue: deque[Message] = deque()
-        self._wake = asyncio.Event()
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self._transport: asyncio.Transport
-        self._worker: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._established = False
-        self._requested = False
-        self._ending = False
-        self._paused = False
-        self._release_asked = False
-        self._last_heard = 0.0
-        self._dispatcher = Dispatcher(self)
+        self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_activity = self._since = self._loop.time()
+        self._peer_max_pdu = 0
+        self._queue: deque[tuple[Message, Spool | None]] = deque()
+        self._queued_bytes = 0
+        self._in_hand_bytes = 0
+        self._held = 0
+        self._busy = False
+        self._work_arrived = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._negotiation: asyncio.Task[None] | None = None
+        self._spool: Spool | None = None
+        self._spooled = 0
+        self._spooling: asyncio.Task[None] | None = None
+        self._reading_paused = False
+        self._sending = asyncio.Lock()
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+        self._query: tuple[int, asyncio.Event] | None = None
+        self._awaited: tuple[int, asyncio.Future[Message]] | None = None
+        self._release_requested = False
+        self._counted = False
 
-    # --- connection -------------------------------------------------------------------------------------------
+    # -- asyncio.Protocol --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self.terms.associations.add(self)
-        self._timer = self._loop.call_later(self.terms.artim, self._artim_expired)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.terms.associations.discard(self)
-        self._ending = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._dispatcher.connection_lost()
-        self._writable.set()
-        self._wake.set()
-        if self._worker is not None and not self.busy:
-            self._worker.cancel()
-        self._spool.drop(self._reader.dataset)
-        for message in self._queue:
-            discard(message.dataset)
-        self._queue.clear()
-        self.closed.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def _artim_expired(self) -> None:
-        """ARTIM (PS3.8 9.1.5): nobody asked for an association in time, or the peer does not close."""
-        self._transport.abort()
-
-    def _watch_idle(self) -> None:
-        """Abort an association on which nothing happened for the idle time; being busy is not being idle."""
-        quiet = self._loop.time() - self._last_heard
-        if not self.busy and quiet >= self.terms.idle_timeout:
-            log.info("association.idle", association=self.caller.association_id)
-            self.abort(0, 0)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
+        self._room.connections.add(self)
+        transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        if self._room.draining or len(self._room.connections) > 2 * self._terms.max_associations + 64:
+            transport.abort()
             return
-        wait = max(0.05, self.terms.idle_timeout - (0 if self.busy else quiet))
-        self._timer = self._loop.call_later(wait, self._watch_idle)
-
-    # --- receiving --------------------------------------------------------------------------------------------
+        connection = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
-        self._last_heard = self._loop.time()
-        if self._ending:
+        if self._state in (_State.AWAITING_CLOSE, _State.CLOSED):
             return
+        self._last_activity = self._loop.time()
+        events = self._reader.feed(data)
+        for event in events:
+            if self._state in (_State.AWAITING_CLOSE, _State.CLOSED):
+                return
+            self._handle(event)
+        self._account()
+        self._control_reading()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._state in (_State.OPEN, _State.NEGOTIATING, _State.RELEASING, _State.COLLIDED):
+            self._log("association.lost", warning=True)
+        self._leave(_State.CLOSED)
+        self._room.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._worker is None:
+            self.ended.set()
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # -- what the responder uses --
+
+    @property
+    def is_open(self) -> bool:
+        return self._state in (_State.OPEN, _State.RELEASING)
+
+    @property
+    def dimse_timeout(self) -> float:
+        return self._terms.dimse_timeout
+
+    async def send(self, context_id: int, command: bytes, dataset: Sequence[wire.Bytes] | None = None) -> None:
+        """Send a message with back-pressure. Raises ProtocolError when the association is over, TimedOut."""
+        async with self._sending:
+            await self._write(wire.fragment_message(context_id, command, dataset, self._peer_max_pdu))
+
+    async def send_stream(self, context_id: int, command: bytes, dataset: AsyncIterator[bytes]) -> None:
+        """Send a message whose dataset comes in pieces. What ``dataset`` raises passes through.
+
+        When part of the message had been sent by then the association is aborted: it cannot be taken back.
+        """
+        async with self._sending:
+            begun = False
+            try:
+                async for block in wire.fragment_stream(context_id, command, dataset, self._peer_max_pdu):
+                    begun = True
+                    await self._write(block)
+            except DimseError:
+                raise
+            except BaseException:
+                if begun:
+                    self.abort("an instance could not be read to its end")
+                raise
+
+    @contextlib.contextmanager
+    def cancellable(self, message_id: int) -> Iterator[asyncio.Event]:
+        """The event that a C-CANCEL-RQ for the message sets, or the end of the association."""
+        event = asyncio.Event()
+        self._query = (message_id, event)
+        if not self.is_open:
+            event.set()
         try:
-            for event in self._reader.feed(data):
-                if isinstance(event, Message):
-                    self._spool.finish(event.dataset)
-                    self._message(event)
-                elif isinstance(event, ControlPdu):
-                    self._control(event)
-                else:
-                    self._violation(event)
-                if self._ending:
-                    return
-            if self._reader.dataset is not None:
-                self._spool.grow(self._reader.dataset, self._reader.take_pieces)
-        except OSError as error:
-            log.error("association.spool_failed", reason=error.strerror)
-            self.abort(2, NOT_SPECIFIED)
+            yield event
+        finally:
+            self._query = None
 
-    def _violation(self, violation: Violation) -> None:
-        self._protocol_error(violation.text, violation.reason)
+    @contextlib.contextmanager
+    def expecting(self, message_id: int) -> Iterator[asyncio.Future[Message]]:
+        """The response to a request of ours. The future fails with ProtocolError when the association ends."""
+        future: asyncio.Future[Message] = self._loop.create_future()
+        if not self.is_open:
+            raise ProtocolError("The association is over.")
+        self._awaited = (message_id, future)
+        try:
+            yield future
+        finally:
+            self._awaited = None
+            if not future.done():
+                future.cancel()
+            elif not future.cancelled():
+                future.exception()  # seen, whether or not anybody waited for it
 
-    def _control(self, pdu: ControlPdu) -> None:
-        if pdu.kind == wire.ABORT:
-            log.info("association.aborted", association=self._name(), reason=wire.abort_reason(pdu.body))
-            self._ending = True
+    def abort(self, text: str, *, source: int = 0, reason: int = 0) -> None:
+        """A-ABORT (PS3.8 9.3.8), then wait for the peer to close so that it can read why."""
+        if self._state in (_State.AWAITING_CLOSE, _State.CLOSED) or self._transport is None:
+            return
+        self._log("association.aborted", warning=True, reason=text)
+        self._leave(_State.AWAITING_CLOSE)
+        stuck = self._transport.get_write_buffer_size() > 0
+        self._transport.write(wire.abort_pdu(source, reason))
+        if stuck:
+            # A peer that does not read what we sent will not read this either.
+            self._transport.abort()
+            return
+        self._resume_reading()
+        with contextlib.suppress(OSError, NotImplementedError, RuntimeError):
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        self._watch()
+
+    # -- what the acceptor uses --
+
+    def drain(self) -> None:
+        """End when what is in hand is done: release, or close where there is no association yet."""
+        if self._transport is None:
+            return
+        if self._state is _State.AWAITING_REQUEST:
             self._transport.close()
-        elif pdu.kind == wire.ASSOCIATE_RQ and not self._requested:
-            self._requested = True
-            self._transport.pause_reading()
-            self._worker = self._loop.create_task(self._begin(pdu))
-        elif pdu.kind == wire.RELEASE_RQ and self._established:
-            self._release_asked = True
-            self._wake.set()
-        elif pdu.kind == wire.RELEASE_RP and self._established:
-            self._ending = True  # the answer to our own A-RELEASE-RQ, or a collision that the peer resolved
-            self._transport.close()
+        elif self._state is _State.OPEN and not self._busy and not self._queue and self._reader.is_idle:
+            self._state = _State.RELEASING
+            self._transport.write(wire.RELEASE_RQ_PDU)
+            self._loop.call_later(_RELEASE_GRACE, self.abort, "the peer did not answer our release")
+
+    async def end(self) -> None:
+        """Abort and cancel what is in hand."""
+        self.abort("the archive stops")
+        for task in (self._negotiation, self._worker, self._spooling):
+            if task is not None:
+                task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        await self.ended.wait()
+
+    # -- events --
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Message):
+            self._on_message(event)
+        elif isinstance(event, Violation):
+            self.abort(f"the peer sent {event.text}", source=2, reason=event.reason)
         else:
-            self._protocol_error(f"PDU type {pdu.kind} has no place here", UNEXPECTED_PDU)
+            self._on_pdu(event)
 
-    def _message(self, message: Message) -> None:
-        if self._dispatcher.interrupt(message):
-            self._spool.release()
+    def _on_pdu(self, pdu: ControlPdu) -> None:
+        assert self._transport is not None
+        if pdu.kind == wire.ABORT:
+            self._log("association.aborted", warning=True, reason=f"the peer aborted {wire.abort_reason(pdu.body)}")
+            self._leave(_State.AWAITING_CLOSE)
+            self._transport.close()
+        elif pdu.kind == wire.ASSOCIATE_RQ and self._state is _State.AWAITING_REQUEST:
+            self._state = _State.NEGOTIATING
+            self._negotiation = self._loop.create_task(self._negotiate(pdu.body))
+        elif pdu.kind == wire.RELEASE_RQ and self._state is _State.OPEN:
+            self._release_requested = True
+            if self._query is not None:
+                self._query[1].set()
+            if not self._busy and not self._queue:
+                self._answer_release()
+        elif pdu.kind == wire.RELEASE_RQ and self._state is _State.RELEASING:
+            # Release collision (PS3.8 9.2.3, AR-8): the acceptor waits for the requestor's answer first.
+            self._state = _State.COLLIDED
+        elif pdu.kind == wire.RELEASE_RP and self._state is _State.RELEASING:
+            self._log("association.released")
+            self._leave(_State.AWAITING_CLOSE)
+            self._transport.close()
+        elif pdu.kind == wire.RELEASE_RP and self._state is _State.COLLIDED:
+            self._answer_release()
+        else:
+            self.abort(f"a PDU of type {pdu.kind} had no place here", source=2, reason=pdata.UNEXPECTED_PDU)
+
+    def _answer_release(self) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.RELEASE_RP_PDU)
+        self._log("association.released")
+        self._leave(_State.AWAITING_CLOSE)
+        self._watch()
+
+    def _on_message(self, message: Message) -> None:
+        spool, self._spool, self._spooled = self._spool, None, 0
+        command = message.number(wire.COMMAND_FIELD) or 0
+        if command == wire.C_CANCEL:
+            if self._query is not None and self._query[0] == message.number(wire.MESSAGE_ID_RESPONDED_TO):
+                self._query[1].set()
+        elif command & wire.RESPONSE:
+            awaited = self._awaited
+            if awaited is None or awaited[0] != message.number(wire.MESSAGE_ID_RESPONDED_TO) or awaited[1].done():
+                self.abort("a response to no request", source=2, reason=pdata.UNEXPECTED_PDU)
+            else:
+                awaited[1].set_result(message)
+        else:
+            self._queue.append((message, spool))
+            self._queued_bytes += _in_memory(message)
+            self._work_arrived.set()
             return
-        self._queue.append(message)
-        self._wake.set()
-        # A request is answered before the next is read (we agreed on one operation at a time); what a peer sends
-        # ahead stays in its own memory. Queries keep reading: a C-CANCEL has to be heard.
-        if message.number(wire.COMMAND_FIELD) == wire.C_STORE or len(self._queue) >= _WAITING_MESSAGES:
-            self._pause()
+        if spool is not None:
+            spool.discard()
 
-    def _pause(self) -> None:
-        if not self._paused and not self._transport.is_closing():
-            self._paused = True
-            self._transport.pause_reading()
+    # -- negotiation --
 
-    def _resume(self) -> None:
-        if self._paused and not self._transport.is_closing():
-            self._paused = False
-            self._transport.resume_reading()
-
-    def _protocol_error(self, reason: str, code: int) -> None:
-        log.warning("association.protocol_error", association=self._name(), reason=reason)
-        self.abort(2, code)
-
-    def _name(self) -> str:
-        return self.caller.association_id if hasattr(self, "caller") else ""
-
-    # --- establishing -----------------------------------------------------------------------------------------
-
-    async def _begin(self, pdu: ControlPdu) -> None:
+    async def _negotiate(self, body: bytes) -> None:
         try:
-            agreed = await self._negotiate(pdu)
-        except ProtocolError as error:
-            self._protocol_error(str(error), INVALID_PARAMETER)
-            return
+            try:
+                request = wire.parse_associate_rq(wire.pdu_header(wire.ASSOCIATE_RQ, len(body)) + body)
+                proposal = read_proposal(request)
+            except ProtocolError as error:
+                self.abort(str(error), source=2, reason=pdata.INVALID_PARAMETER)
+                return
+            self.caller = self._identify(request, proposal)
+            rejection = await self._judge(body, request, self.caller)
+            if self._state is not _State.NEGOTIATING:
+                return
+            if rejection is not None:
+                self._reject(rejection)
+                return
+            agreement = negotiate(request, proposal, self._terms.scps, self._terms.max_pdu)
         except Exception:
-            log.exception("association.negotiation_failed")
-            self.abort(2, 0)
+            log.exception("association.failed", association_id=self.association_id)
+            self.abort("an A-ASSOCIATE-RQ could not be answered", source=2, reason=pdata.INVALID_PARAMETER)
             return
-        if agreed and not self._transport.is_closing():
-            self._established = True
-            if self._timer is not None:
-                self._timer.cancel()
-            self._last_heard = self._loop.time()
-            self._timer = self._loop.call_later(self.terms.idle_timeout, self._watch_idle)
-            self._transport.resume_reading()
-            await self._serve()
+        self._establish(proposal, agreement)
 
-    async def _negotiate(self, pdu: ControlPdu) -> bool:
-        raw = wire.pdu_header(pdu.kind, len(pdu.body)) + pdu.body
-        primitive = wire.parse_associate_rq(raw)
-        proposal = read_proposal(primitive)
+    async def _judge(self, body: bytes, request: A_ASSOCIATE, caller: Caller) -> Rejection | None:
+        if not int.from_bytes(body[:2], "big") & 1:
+            return _PROTOCOL_VERSION
+        if str(request.application_context_name) != wire.APPLICATION_CONTEXT_NAME:
+            return _APPLICATION_CONTEXT
+        if self._room.draining:
+            return _CONGESTION
+        if self._room.established >= self._terms.max_associations:
+            return _LOCAL_LIMIT
+        # Counted before the policy is asked: many at once would all pass the limit otherwise.
+        self._counted = True
+        self._room.established += 1
+        if self._terms.policy is None:
+            return None
+        try:
+            return await self._terms.policy(caller)
+        except Exception:
+            log.exception("association.policy_failed", association_id=self.association_id)
+            return _CONGESTION
+
+    def _identify(self, request: A_ASSOCIATE, proposal: Proposal) -> Caller:
+        assert self._transport is not None
         peer = self._transport.get_extra_info("peername") or ("", 0)
         certificate = self._transport.get_extra_info("peercert") or {}
-        self.caller = Caller(
-            association_id=uuid.uuid4().hex,
-            calling_ae_title=str(primitive.calling_ae_title).strip(),
-            called_ae_title=str(primitive.called_ae_title).strip(),
+        subject = ",".join(f"{name}={value}" for part in certificate.get("subject", ()) for name, value in part)
+        return Caller(
+            association_id=self.association_id,
+            calling_ae_title=str(request.calling_ae_title or "").strip(),
+            called_ae_title=str(request.called_ae_title or "").strip(),
             host=str(peer[0]),
             port=int(peer[1]),
-            tls_subject=_subject(certificate),
+            tls_subject=subject,
             user_identity=proposal.user_identity,
             implementation_class_uid=proposal.implementation_class_uid,
             implementation_version_name=proposal.implementation_version_name,
         )
-        if self.terms.stopping or len(self.terms.associations) > self.terms.max_associations:
-            return self._reject(_LOCAL_LIMIT)
-        if str(primitive.application_context_name) != wire.APPLICATION_CONTEXT_NAME:
-            return self._reject(Rejection(1, 1, 2, "application context name not supported"))
-        if self.terms.policy is not None:
-            refusal = await self.terms.policy(self.caller)
-            if refusal is not None:
-                return self._reject(refusal)
-        agreement = negotiate(primitive, proposal, self.terms.scps, self.terms.max_pdu)
-        self.contexts, self.extended = agreement.contexts, agreement.extended
-        self._reader.context_ids = frozenset(self.contexts)
-        self.peer_max_pdu = proposal.max_pdu
-        self._transport.write(agreement.accept_pdu)
-        log.debug(
-            "association.accepted",
-            association=self.caller.association_id,
-            calling=self.caller.calling_ae_title,
-            called=self.caller.called_ae_title,
-            contexts=len(self.contexts),
-        )
-        return True
 
-    def _reject(self, rejection: Rejection) -> bool:
-        log.warning(
-            "association.rejected",
-            calling=self.caller.calling_ae_title,
-            called=self.caller.called_ae_title,
-            host=self.caller.host,
-            reason=rejection.text or f"{rejection.source}/{rejection.reason}",
-        )
-        self._ending = True
+    def _reject(self, rejection: Rejection) -> None:
+        assert self._transport is not None
+        self._log("association.rejected", warning=True, reason=rejection.text, result=rejection.result)
         self._transport.write(wire.reject_pdu(rejection))
-        self._transport.resume_reading()
-        self._close_soon()
-        return False
+        self._leave(_State.AWAITING_CLOSE)
+        self._watch()
 
-    # --- serving ----------------------------------------------------------------------------------------------
+    def _establish(self, proposal: Proposal, agreement: Agreement) -> None:
+        assert self._transport is not None and self.caller is not None
+        self.contexts, self.extended = agreement.contexts, agreement.extended
+        self._peer_max_pdu = proposal.max_pdu
+        self._reader.context_ids = frozenset(agreement.contexts)
+        self._state = _State.OPEN
+        self._last_activity = self._loop.time()
+        self._worker = self._loop.create_task(self._work(Responder(self, self.caller)))
+        self._transport.write(agreement.accept_pdu)
+        self._log("association.accepted", contexts=len(agreement.contexts))
+        self._watch()
+        if self._room.draining:
+            self.drain()
 
-    async def _serve(self) -> None:
-        with structlog.contextvars.bound_contextvars(association=self.caller.association_id):
-            while not self._transport.is_closing():
-                if not self._queue:
-                    if self._release_asked or self.terms.stopping:
-                        self._finish()
+    # -- work --
+
+    async def _work(self, responder: Responder) -> None:
+        structlog.contextvars.bind_contextvars(correlation_id=self.association_id)
+        try:
+            while True:
+                while not self._queue:
+                    if not self.is_open:
                         return
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                message = self._queue.popleft()
-                self.busy = True
-                try:
-                    await self._dispatcher.answer(message)
-                except ProtocolError as error:
-                    self._protocol_error(str(error), INVALID_PARAMETER)
-                except ConnectionError:
-                    return
-                except Exception:
-                    log.exception("association.failed")
-                    self.abort(2, 0)
-                finally:
-                    self.busy = False
-                    self._last_heard = self._loop.time()
-                    discard(message.dataset)
-                    self._spool.release()
-                if not self._queue:
-                    self._resume()
+                    self._work_arrived.clear()
+                    await self._work_arrived.wait()
+                message, spool = self._queue.popleft()
+                await self._answer(responder, message, spool)
+                self._after_work()
+        finally:
+            self._account()
+            if self._state is _State.CLOSED:
+                self.ended.set()
+            self._worker = None
 
-    def _finish(self) -> None:
-        """Answer an A-RELEASE-RQ, or end an association of an acceptor that stops."""
-        self._ending = True
-        if self._release_asked:
-            self._transport.write(wire.RELEASE_RP_PDU)
-            self._close_soon()
-        else:
-            self.abort(0, 0)
+    async def _answer(self, responder: Responder, message: Message, spool: Spool | None) -> None:
+        self._busy = True
+        self._in_hand_bytes = _in_memory(message)
+        self._queued_bytes -= self._in_hand_bytes
+        try:
+            await responder.answer(message, spool)
+        except TimedOut as error:
+            self.abort(str(error))
+        except ProtocolError as error:
+            self.abort(str(error), source=2)
+        except Exception:
+            log.exception("association.failed", association_id=self.association_id)
+            self.abort("a request could not be answered")
+        finally:
+            if spool is not None:
+                spool.discard()
+            self._busy = False
+            self._in_hand_bytes = 0
 
-    def wake(self) -> None:
-        """Look again at whether there is something to do (the acceptor stops)."""
-        self._wake.set()
+    def _after_work(self) -> None:
+        self._last_activity = self._loop.time()
+        self._account()
+        if self._state is _State.OPEN and not self._queue:
+            if self._release_requested:
+                self._answer_release()
+                return
+            if self._room.draining:
+                self.drain()
+        self._control_reading()
 
-    def _close_soon(self) -> None:
-        """The requestor closes after a release or a rejection; when it does not, ARTIM does (PS3.8 9.2)."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(min(self.terms.artim, 2.0), self._transport.close)
-        if self._paused:
-            self._resume()
+    # -- writing --
 
-    def abort(self, source: int, reason: int) -> None:
-        """A-ABORT and the end of the connection, whatever the peer reads."""
-        self._ending = True
-        if not self._transport.is_closing():
-            self._transport.write(wire.abort_pdu(source, reason))
-            self._transport.close()
-            self._loop.call_later(2.0, self._transport.abort)
-        self._wake.set()
-
-    # --- sending ----------------------------------------------------------------------------------------------
-
-    async def write(self, parts: Iterable[wire.Bytes]) -> None:
-        """Write, and wait while the peer takes it slower than we give it. Raises ConnectionError, TimeoutError."""
+    async def _write(self, parts: Iterable[wire.Bytes]) -> None:
         iterator = iter(parts)
         while block := list(islice(iterator, _PARTS_PER_WRITE)):
-            if self._transport.is_closing():
-                raise ConnectionResetError("the peer is gone")
+            if not self.is_open or self._transport is None or self._transport.is_closing():
+                raise ProtocolError("The association is over.")
             self._transport.writelines(block)
-            if not self._writable.is_set():
-                try:
-                    async with asyncio.timeout(self.terms.dimse_timeout):
-                        await self._writable.wait()
-                except TimeoutError as error:
-                    log.warning("association.peer_reads_nothing")
-                    self._transport.abort()
-                    raise ConnectionResetError("the peer takes no data") from error
+            if self._write_paused:
+                await self._drain()
 
-    async def send(
-        self, context_id: int, command: dict[int, wire.CommandValue], dataset: Sequence[wire.Bytes] | None = None
-    ) -> None:
-        await self.write(wire.fragment_message(context_id, wire.encode_command(command), dataset, self.peer_max_pdu))
+    async def _drain(self) -> None:
+        while self._write_paused and self.is_open:
+            self._writable = self._loop.create_future()
+            try:
+                async with asyncio.timeout(self._terms.dimse_timeout):
+                    await self._writable
+            except TimeoutError as error:
+                raise TimedOut(f"The peer took no data for {self._terms.dimse_timeout:g} s.") from error
+            finally:
+                self._writable = None
 
-    async def until_closed(self) -> None:
-        await self.closed.wait()
+    # -- reading, memory and time --
+
+    def _account(self) -> None:
+        arriving = self._reader.dataset
+        held = self._queued_bytes + self._in_hand_bytes
+        if arriving is not None:
+            held += arriving.size - self._spooled
+        self._room.held += held - self._held
+        self._held = held
+
+    def _control_reading(self) -> None:
+        """Pause while more waits than may; resume when it does not."""
+        if self._state not in (_State.OPEN, _State.RELEASING):
+            return
+        arriving = self._reader.dataset
+        arrived = arriving.size - self._spooled if arriving is not None else 0
+        crowded = self._room.held > self._terms.memory_limit
+        if self._spooling is None and arrived > (
+            min(_SPOOL_STEP, self._terms.spool_threshold) if crowded or self._spooled else self._terms.spool_threshold
+        ):
+            self._spooling = self._loop.create_task(self._spool_arrived())
+        waiting = self._busy and (len(self._queue) >= _QUEUED_MESSAGES or self._queued_bytes + arrived > _QUEUED_BYTES)
+        if waiting and self._query is not None:
+            # Pausing here could wait for ever: the responses to a C-GET's sub-operations come on the same stream.
+            self.abort("more requests than the one operation at a time that was negotiated")
+        elif waiting or self._spooling is not None:
+            self._pause_reading()
+        else:
+            self._resume_reading()
+
+    async def _spool_arrived(self) -> None:
+        try:
+            if self._spool is None:
+                self._spool = Spool(self._terms.spool_dir)
+            pieces = self._reader.take_pieces()
+            taken = sum(map(len, pieces))
+            spool = self._spool
+            await spool.add(pieces)
+            if self._spool is spool:
+                self._spooled += taken
+        finally:
+            self._spooling = None
+            self._account()
+            self._control_reading()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused and self._transport is not None and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused and self._transport is not None:
+            self._reading_paused = False
+            self._last_activity = self._loop.time()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def _watch(self) -> None:
+        """Look at the time limits of the state, and come back when the next one may have passed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._state is _State.CLOSED or self._transport is None:
+            return
+        now = self._loop.time()
+        terms = self._terms
+        if self._state in (_State.AWAITING_REQUEST, _State.AWAITING_CLOSE):
+            left = self._since + terms.artim - now
+            if left <= 0:
+                self._transport.abort()
+                return
+        elif self._state is not _State.OPEN or self._busy or self._queue or self._reading_paused:
+            left = min(terms.dimse_timeout, terms.idle_timeout)
+        else:
+            limit = terms.idle_timeout if self._reader.is_idle else terms.dimse_timeout
+            left = self._last_activity + limit - now
+            if left <= 0:
+                self.abort(f"the peer sent nothing for {limit:g} s")
+                return
+        # A message may begin, with its shorter limit, while we sleep.
+        self._timer = self._loop.call_later(max(0.01, min(left, terms.dimse_timeout / 4)), self._watch)
+
+    def _leave(self, state: _State) -> None:
+        """End the association for all that wait on it; the connection may live on for a moment."""
+        self._state = state
+        self._since = self._loop.time()
+        if self._counted:
+            self._counted = False
+            self._room.established -= 1
+        if self._query is not None:
+            self._query[1].set()
+        if self._awaited is not None and not self._awaited[1].done():
+            self._awaited[1].set_exception(ProtocolError("The association ended in the middle."))
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        for _message, spool in self._queue:
+            if spool is not None:
+                spool.discard()
+        self._queue.clear()
+        self._queued_bytes = 0
+        self._reader = PduReader(self._terms.max_pdu)
+        if self._spool is not None:
+            self._spool.discard()
+        self._spool, self._spooled = None, 0
+        self._account()
+        self._work_arrived.set()
+
+    def _log(self, event: str, *, warning: bool = False, **facts: object) -> None:
+        if self.caller is not None:
+            facts["calling_ae_title"] = self.caller.calling_ae_title
+            facts["host"] = self.caller.host
+        (log.warning if warning else log.info)(event, association_id=self.association_id, **facts)
 
 
-def _subject(certificate: dict[str, Any]) -> str:
-    """The subject of a client certificate as ``CN=...,O=...``."""
-    parts = []
-    with contextlib.suppress(TypeError, ValueError):
-        for rdn in certificate.get("subject", ()):
-            parts += [f"{name}={value}" for name, value in rdn]
-    return ",".join(parts)
+def _in_memory(message: Message) -> int:
+    return sum(map(len, message.dataset.pieces)) if message.dataset is not None else 0

@@ -1,83 +1,82 @@
-"""Where arriving datasets wait: in memory within the process's budget, in files beyond it."""
+"""A dataset too large for memory, written to a file while it arrives."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
+from libs.common.errors import Unavailable
 from libs.dimse.model import Payload
 
-_SMALLEST = 1 << 20
-"""Datasets below this stay in memory even when the budget is spent: a file for each would cost more."""
-
-
-class Budget:
-    """Bytes of datasets that all associations of a process may hold in memory together."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-
-
-def discard(payload: Payload | None) -> None:
-    """Delete the file of a spooled dataset."""
-    if payload is not None and payload.path is not None:
-        with contextlib.suppress(OSError):
-            payload.path.unlink(missing_ok=True)
+Pieces = list[bytes | bytearray | memoryview]
 
 
 class Spool:
-    """The dataset that arrives on one association. Raises OSError when its file cannot be written."""
+    """One file in ``directory`` (None: the system's). A full disk is remembered and told by ``finish``."""
 
-    def __init__(self, budget: Budget, threshold: int, folder: Path | None) -> None:
-        self._budget = budget
-        self._threshold = threshold
-        self._folder = folder
-        self._held = 0
-        self._file: IO[bytes] | None = None
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+        self._failure: OSError | None = None
+        self._turn = asyncio.Lock()
+        self._discarded = False
 
-    def grow(self, payload: Payload, take: Callable[[], list[bytes | bytearray | memoryview]]) -> None:
-        """Account for what arrived; ``take`` gives the pieces away when they have to go to the file."""
-        if self._file is None:
-            self._account(payload.size)
-            crowded = self._budget.held > self._budget.limit and payload.size > _SMALLEST
-            if payload.size <= self._threshold and not crowded:
-                return
-            self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - lives until the dataset is complete
-                dir=self._folder, suffix=".dataset", delete=False, buffering=_SMALLEST
-            )
-            payload.path = Path(self._file.name)
-            self.release()
-        self._file.writelines(take())
+    async def add(self, pieces: Pieces) -> None:
+        """Append, in a thread. The caller stops reading from the peer meanwhile, so that memory stays bounded."""
+        async with self._turn:
+            if self._failure is None and not self._discarded:
+                await asyncio.to_thread(self._write, pieces)
+        if self._discarded:
+            self._remove()
 
-    def finish(self, payload: Payload | None) -> None:
-        """The dataset is complete: it can be read from memory or from its file."""
-        if payload is None:
-            return
-        if self._file is not None:
-            self._file.writelines(payload.pieces)
-            payload.pieces = []
-            self._file.close()
-            self._file = None
-        else:
-            self._account(payload.size)
+    async def finish(self, payload: Payload) -> None:
+        """Write what is left and give the payload its path. Raises Unavailable when the disk did not take it."""
+        await self.add(payload.pieces)
+        payload.pieces = []
+        async with self._turn:
+            if self._file is not None:
+                await asyncio.to_thread(self._close)
+        if self._failure is not None:
+            self._remove()
+            raise Unavailable("no room for a large instance in the spool folder") from self._failure
+        payload.path = self._path
 
-    def _account(self, size: int) -> None:
-        self._budget.held += size - self._held
-        self._held = size
+    def discard(self) -> None:
+        """Forget the file, now or as soon as a write in hand ended."""
+        self._discarded = True
+        if not self._turn.locked():
+            self._remove()
 
-    def release(self) -> None:
-        """Give back to the budget: the message was answered, spooled or dropped."""
-        self._budget.held -= self._held
-        self._held = 0
+    def _write(self, pieces: Pieces) -> None:
+        try:
+            if self._file is None:
+                self._file = cast(
+                    BinaryIO,
+                    tempfile.NamedTemporaryFile(  # noqa: SIM115 -- lives as long as the message
+                        dir=self._directory, prefix="instance-", suffix=".part", delete=False
+                    ),
+                )
+                self._path = Path(self._file.name)
+            self._file.writelines(pieces)
+        except OSError as error:
+            self._failure = error
 
-    def drop(self, payload: Payload | None) -> None:
-        """The connection ended in the middle of a dataset."""
-        self.release()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        discard(payload)
+    def _close(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        self._file = None
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
