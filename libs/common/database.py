@@ -99,14 +99,14 @@ async def acquire_lease(database: Database, name: str, owner: str, seconds: floa
     The lease ends by itself ``seconds`` from now, so that a killed owner blocks nobody for longer. The time is
     MongoDB's: the clocks of replicas differ.
     """
+    mine = {"$literal": owner}
+    free = {"$or": [{"$eq": ["$owner", mine]}, {"$lte": [{"$ifNull": ["$until", "$$NOW"]}, "$$NOW"]}]}
     until = {"$add": ["$$NOW", int(seconds * 1000)]}
+    change = {"owner": {"$cond": [free, mine, "$owner"]}, "until": {"$cond": [free, until, "$until"]}}
     with translate_errors():
         try:
             taken = await database["leases"].find_one_and_update(
-                {"_id": name, "$or": [{"owner": owner}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]},
-                [{"$set": {"owner": {"$literal": owner}, "until": until}}],
-                upsert=True,
-                return_document=ReturnDocument.AFTER,
+                {"_id": name}, [{"$set": change}], upsert=True, return_document=ReturnDocument.AFTER
             )
         except DuplicateKeyError:
             return False
