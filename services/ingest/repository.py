@@ -6,9 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from motor.motor_asyncio import AsyncIOMotorDatabase
-from pymongo.errors import PyMongoError
 
-from libs.common.errors import Unavailable
+from libs.common.database import translate_errors
 from services.ingest.handlers import Quarantined
 
 
@@ -22,10 +21,8 @@ class MongoQuarantine:
         document = asdict(entry)
         document["service"] = "ingest"
         identifier = document.pop("id")
-        try:
+        with translate_errors():
             await self._entries.update_one({"_id": identifier}, {"$set": document, "$inc": {"times": 1}}, upsert=True)
-        except PyMongoError as error:
-            raise Unavailable(f"the quarantine list cannot be written ({type(error).__name__})") from error
 
 
 class MongoCurrentVersions:
@@ -35,8 +32,6 @@ class MongoCurrentVersions:
         self._instances = database["instances"]
 
     async def current_digest(self, sop_instance_uid: str) -> str | None:
-        try:
+        with translate_errors():
             found = await self._instances.find_one({"_id": sop_instance_uid}, {"reference.sha256": 1, "_id": 0})
-        except PyMongoError as error:
-            raise Unavailable(f"the image index cannot be read ({type(error).__name__})") from error
         return str(found["reference"]["sha256"]) if found else None
