@@ -208,6 +208,7 @@ async def test_a_rebuild_gives_the_same_index(room: Room) -> None:
         for n, site in enumerate(("MAIN", "NORTH", "MAIN", "SOUTH", "MAIN", "MAIN"))
     ]
     events.append(await room.store(InstanceNumber=0, AccessionNumber="0", PatientID="P0", minute=9, ImageComments="2"))
+    events.append(await room.store(InstanceNumber=0, AccessionNumber="0", PatientID="P0", minute=12))
     events.append(
         await room.store(
             InstanceNumber=1, AccessionNumber="1", PatientID="P1", minute=9, on_conflict="keep", PatientSex="O"
@@ -229,7 +230,7 @@ async def test_a_rebuild_gives_the_same_index(room: Room) -> None:
             await rebuild_index(objects=room.objects, index=room.index, reading=reading(), progress=interrupt)
     progress: list[int] = []
     count = await rebuild_index(objects=room.objects, index=room.index, reading=reading(), progress=progress.append)
-    assert count == progress[-1] == len(events)
+    assert count == progress[-1] == len(events) - 1  # one object was stored twice
     after = {name: await room.documents(name) for name in before}
     volatile = {"created_at", "updated_at", "changes"}
     for name, documents in before.items():

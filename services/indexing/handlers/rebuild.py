@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -80,9 +81,20 @@ async def _take(batch: list[ObjectStat], *, objects: Objects, index: Index, read
     for rejection in read:
         if isinstance(rejection, Rejection):
             await keep_aside(rejection, objects=objects, index=index)
-    found = sorted((one for one in read if isinstance(one, Found)), key=lambda one: one.stored_at)
+    first = [one for one in read if isinstance(one, Found)]
+    again = [_stored_again(one, remembered.get(one.event.reference.key)) for one in first]
+    found = sorted([*first, *(one for one in again if one is not None)], key=lambda one: one.stored_at)
     if found:
         await write_found(found, objects=objects, index=index, reading=reading, silent=True)
+
+
+def _stored_again(found: Found, remembered: Document | None) -> Found | None:
+    """The later event of a version that was replaced and then sent once more."""
+    if remembered is None or remembered["last_event_id"] in ("", found.event.id):
+        return None
+    moment = remembered["last_stored_at"]
+    event = found.event.model_copy(update={"id": remembered["last_event_id"], "time": moment, "on_conflict": "replace"})
+    return replace(found, event=event, stored_at=moment)
 
 
 def _uids(key: str) -> tuple[str, str, str]:

@@ -85,6 +85,17 @@ STORIES: dict[str, list[dict[str, Any]]] = {
         {"minute": 1, "StudyInstanceUID": OTHER, "SeriesInstanceUID": "1.2.4"},
         {"minute": 2, "ImageComments": "ccc"},
     ],
+    "the first sent again": [
+        {"minute": 0, "ImageComments": "a"},
+        {"minute": 1, "ImageComments": "bb"},
+        {"minute": 2, "ImageComments": "a"},
+    ],
+    "a refused one insists": [
+        {"minute": 0, "ImageComments": "a", "on_conflict": "keep"},
+        {"minute": 1, "ImageComments": "bb", "on_conflict": "keep"},
+        {"minute": 2, "ImageComments": "a", "on_conflict": "keep"},
+        {"minute": 3, "ImageComments": "bb", "on_conflict": "replace"},
+    ],
     "at the same moment": [{"minute": 0, "ImageComments": c} for c in ("a", "bb", "ccc")],
 }
 
@@ -121,6 +132,8 @@ def test_what_each_story_ends_with() -> None:
     assert status(end("replaced twice")) == ["replaced", "replaced", "current"]
     assert status(end("kept")) == ["current", "refused", "refused"]
     assert status(end("kept, then replaced")) == ["replaced", "refused", "current"]
+    assert status(end("the first sent again")) == ["current", "replaced"]
+    assert status(end("a refused one insists")) == ["replaced", "current"]
     replaced = end("replaced twice")
     instance, study = replaced.one("instances"), replaced.one("studies")
     assert study["instance_count"] == 1 and study["size"] == instance["reference"]["length"]
