@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import urllib3
@@ -30,6 +30,16 @@ _MISSING = {"NoSuchKey", "NoSuchObject", "NotFound"}
 _PASSING = {"SlowDown", "SlowDownRead", "SlowDownWrite", "InternalError", "ServiceUnavailable", "RequestTimeout"}
 _PART = 16 << 20
 _LISTED = 500
+
+
+class _Connections(urllib3.PoolManager):
+    """The SDK reads an error only when it is called application/xml; some servers say text/xml (RFC 7303: the same)."""
+
+    def urlopen(self, *arguments: Any, **keywords: Any) -> urllib3.BaseHTTPResponse:
+        response = super().urlopen(*arguments, **keywords)
+        if response.headers.get("content-type", "").partition(";")[0].strip() == "text/xml":
+            response.headers["content-type"] = "application/xml"
+        return response
 
 
 class S3Objects:
@@ -55,7 +65,7 @@ class S3Objects:
             secret_key=secret_key or None,
             secure=parts.scheme == "https",
             region=region,
-            http_client=urllib3.PoolManager(
+            http_client=_Connections(
                 num_pools=4,
                 maxsize=threads,
                 block=False,
