@@ -1,16 +1,33 @@
-"""Query with its real neighbours: the same questions to MongoDB, and which indexes they use."""
+"""Query with its real neighbours: MongoDB asked every question, and the DIMSE door tried by DCMTK."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 from motor.motor_asyncio import AsyncIOMotorDatabase
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
 
+from libs.common.config import Peer
+from libs.common.dicom.part10 import split_part10
+from libs.common.objects.memory import MemoryObjects
+from libs.dimse.acceptor import serve
 from services.indexing.repository import MongoIndex
+from services.query.config import QuerySettings
 from services.query.model.query import PATIENT_ROOT, STUDY_ROOT, parse_query, parse_retrieve
 from services.query.repository import MongoCatalog, to_filter
+from services.query.scp import QueryScp
 from tests.unit.services.query.archive import MemoryCatalog, create_index
 from tests.unit.services.query.questions import QUESTIONS, SERIES_1, STUDY_1, create_archive
 
@@ -126,3 +143,149 @@ def plan_stages(plan: dict[str, Any]) -> Any:
         inner = plan.get(name, [])
         for stage in inner if isinstance(inner, list) else [inner]:
             yield from plan_stages(stage)
+
+
+@dataclass
+class Archive:
+    """A query service on a port of its own, over some of pydicom's test files."""
+
+    port: int
+    files: dict[str, bytes]
+    study: str
+
+    async def run(self, tool: str, *arguments: str) -> str:
+        environment = {**os.environ, "TCP_NODELAY": "1"}
+        process = await asyncio.create_subprocess_exec(
+            tool, "-v", "-aec", "SAGITTAL", *arguments[:-1], "127.0.0.1", str(self.port), *filter(None, arguments[-1:]),
+            env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        return output.decode("utf-8", "replace")
+
+
+FILES = ["CT_small.dcm", "MR_small_implicit.dcm", "MR_small_RLE.dcm", "JPEG2000.dcm", "rtplan.dcm"]
+
+
+def part10(name: str) -> bytes:
+    return Path(str(get_testdata_file(name, download=False))).read_bytes()
+
+
+@pytest.fixture
+def destination_port(free_port: Callable[[], int]) -> int:
+    return free_port()
+
+
+@pytest.fixture
+async def archive(database: Database, destination_port: int) -> AsyncIterator[Archive]:
+    await MongoIndex(database).ensure_indexes()
+    objects = MemoryObjects()
+    datasets, files = [], {}
+    for number, name in enumerate(FILES):
+        dataset = dcmread(Path(str(get_testdata_file(name, download=False))))
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "2.25.1", f"2.25.1.{number}"
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"2.25.1.{number}.1"
+        dataset.PatientID = "EVERY"
+        datasets.append(dataset)
+    index = create_index(datasets)
+    for collection, documents in index.items():
+        await database[collection].insert_many(documents)
+    for dataset in datasets:
+        content = file_of(dataset)
+        (document,) = [doc for doc in index["instances"] if doc["_id"] == dataset.SOPInstanceUID]
+        await objects.put(document["reference"]["key"], content)
+        files[str(dataset.SOPInstanceUID)] = content
+    scp = QueryScp(
+        catalog=MongoCatalog(database),
+        objects=objects,
+        settings=QuerySettings(),
+        ae_title="SAGITTAL",
+        peers=[Peer(ae_title="THERE", host="127.0.0.1", port=destination_port)],
+    )
+    acceptor = await serve([scp.scp()], ae_title="SAGITTAL", host="127.0.0.1", port=0)
+    yield Archive(acceptor.port, files, "2.25.1")
+    await acceptor.stop(5)
+
+
+def file_of(dataset: Dataset) -> bytes:
+    buffer = BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("model", ["-P", "-S", "-O"])
+async def test_findscu_finds(archive: Archive, model: str) -> None:
+    output = await archive.run(
+        "findscu", model, "-k", "QueryRetrieveLevel=STUDY", "-k", "PatientID=EVERY", "-k", "StudyInstanceUID",
+        "-k", "NumberOfStudyRelatedInstances", "-k", "ModalitiesInStudy", "",
+    )  # fmt: skip
+    assert "2.25.1" in output
+    assert "[5" in output, output
+    assert "Success" in output, output
+
+
+async def test_findscu_is_told_what_does_not_fit(archive: Archive) -> None:
+    output = await archive.run("findscu", "-S", "-k", "QueryRetrieveLevel=SERIES", "")
+    assert "DataSetDoesNotMatchSOPClass" in output or "0xa900" in output.lower(), output
+
+
+async def test_getscu_brings_every_instance(archive: Archive, tmp_path: Path) -> None:
+    output = await archive.run(
+        "getscu", "+B", "-S", "-od", str(tmp_path), "-k", "QueryRetrieveLevel=STUDY",
+        "-k", f"StudyInstanceUID={archive.study}", "",
+    )  # fmt: skip
+    check_all_there(archive, tmp_path, output)
+    # getscu prefers Explicit VR Little Endian: two were compressed and two implicit.
+    assert {dcmread(path).file_meta.TransferSyntaxUID for path in tmp_path.iterdir()} == {ExplicitVRLittleEndian}
+
+
+def check_all_there(archive: Archive, folder: Path, output: str) -> None:
+    received = {str(dcmread(path).SOPInstanceUID): path.read_bytes() for path in folder.iterdir()}
+    assert received.keys() == archive.files.keys(), output
+    for uid, content in received.items():
+        meta, offset = split_part10(content)
+        before, before_offset = split_part10(archive.files[uid])
+        if meta.transfer_syntax_uid == before.transfer_syntax_uid:
+            assert content[offset:] == archive.files[uid][before_offset:]
+
+
+@pytest.mark.parametrize("option", [[], ["+xi"], ["+xa"]], ids=["explicit", "implicit", "any"])
+async def test_movescu_sends_to_a_configured_peer(
+    archive: Archive, destination_port: int, tmp_path: Path, option: list[str]
+) -> None:
+    receiver = await asyncio.create_subprocess_exec(
+        "storescp", "+B", "-od", str(tmp_path), "-aet", "THERE", *option, str(destination_port),
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        await listening(destination_port)
+        output = await archive.run(
+            "movescu", "-S", "-aem", "THERE", "-k", "QueryRetrieveLevel=STUDY",
+            "-k", f"StudyInstanceUID={archive.study}", "",
+        )  # fmt: skip
+        assert "Success" in output, output
+        check_all_there(archive, tmp_path, output)
+    finally:
+        receiver.terminate()
+        await receiver.wait()
+
+
+async def listening(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.05)
+        else:
+            writer.close()
+            return
+    raise AssertionError(f"nothing listens on {port}")
+
+
+@pytest.mark.parametrize(("title", "status"), [("NOWHERE", "a801"), ("THERE", "a702")])
+async def test_movescu_is_told_why_it_failed(archive: Archive, title: str, status: str) -> None:
+    output = await archive.run(
+        "movescu", "-d", "-S", "-aem", title, "-k", "QueryRetrieveLevel=STUDY",
+        "-k", f"StudyInstanceUID={archive.study}", "",
+    )  # fmt: skip
+    assert re.search(f"0x{status}", output, re.I), output

@@ -81,12 +81,17 @@ class _Walk:
             offset, vr, length = self._header(offset, tag, length, source, scope)
             if length != UNDEFINED and offset + length > end:
                 raise Invalid(f"the element {tag:08X} is longer than what holds it")
+            inner = source
+            if vr == b"UN":
+                # A sequence of unknown VR is Implicit VR Little Endian inside, whatever is around it (PS3.5 6.2.2).
+                inner = IMPLICIT_LITTLE
+                if source.order != self._target.order:
+                    # Bytes that change their order need a meaning; the dictionary has it for most.
+                    vr = _implied_vr(tag, scope.signed, scope.creators.get(tag >> 8, ""))
             if vr == b"SQ" or length == UNDEFINED:
                 if tag == PIXEL_DATA and length == UNDEFINED:
                     offset = self._skip_fragments(offset)
                     continue
-                # A sequence of unknown VR is Implicit VR Little Endian inside, whatever is around it (PS3.5 6.2.2).
-                inner = IMPLICIT_LITTLE if vr == b"UN" else source
                 stop = end if length == UNDEFINED else offset + length
                 offset, body = self._items(offset, stop, length, inner, scope, depth)
                 found[tag] = self._head(tag, b"SQ", len(body) if length != UNDEFINED else UNDEFINED) + body
