@@ -17,7 +17,7 @@ from motor.motor_asyncio import AsyncIOMotorDatabase
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from libs.common.config import Peer
 from libs.common.dicom.part10 import split_part10
@@ -179,11 +179,12 @@ def destination_port(free_port: Callable[[], int]) -> int:
 async def archive(database: Database, destination_port: int) -> AsyncIterator[Archive]:
     await MongoIndex(database).ensure_indexes()
     objects = MemoryObjects()
-    datasets, files = [], {}
+    datasets: list[Dataset] = []
+    files: dict[str, bytes] = {}
     for number, name in enumerate(FILES):
-        dataset = dcmread(Path(str(get_testdata_file(name, download=False))))
+        dataset: Dataset = dcmread(Path(str(get_testdata_file(name, download=False))))
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "2.25.1", f"2.25.1.{number}"
-        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"2.25.1.{number}.1"
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(f"2.25.1.{number}.1")
         dataset.PatientID = "EVERY"
         datasets.append(dataset)
     index = create_index(datasets)
