@@ -118,7 +118,8 @@ class Association(asyncio.Protocol):
     # -- asyncio.Protocol --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
+        # uvloop's transports do not inherit from asyncio's.
+        transport = self._transport = cast(asyncio.Transport, transport)
         self._room.connections.add(self)
         transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         if self._room.draining or len(self._room.connections) > 2 * self._terms.max_associations + 64:

@@ -205,10 +205,10 @@ class PduReader:
         self._in_fragment = False
         message = self._message
         if message is not None:
-            if message.number(wire.COMMAND_FIELD) != wire.C_STORE and self.dataset is not None:
-                # Checked per fragment: a fragment is no longer than the PDU we allowed.
-                if self.dataset.size > LARGEST_IDENTIFIER:
-                    raise _Broken(NOT_SPECIFIED, "an identifier that is far too long")
+            size = self.dataset.size if self.dataset is not None else 0
+            # Checked per fragment: a fragment is no longer than the PDU we allowed.
+            if size > LARGEST_IDENTIFIER and message.number(wire.COMMAND_FIELD) != wire.C_STORE:
+                raise _Broken(NOT_SPECIFIED, "an identifier that is far too long")
             if self._fragment_is_last:
                 self._message = self.dataset = None
                 events.append(message)

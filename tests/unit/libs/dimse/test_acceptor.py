@@ -112,7 +112,7 @@ class Peer:
 
 def request_pdu(*abstract_syntaxes: str, **options: Any) -> bytes:
     contexts = [(2 * i + 1, uid, SYNTAXES) for i, uid in enumerate(abstract_syntaxes or (CT,))]
-    named = {"called_ae_title": "HERE", "calling_ae_title": "THERE", "max_pdu": 16384}
+    named: dict[str, Any] = {"called_ae_title": "HERE", "calling_ae_title": "THERE", "max_pdu": 16384}
     return wire.build_associate_rq(contexts=contexts, **(named | options))
 
 
