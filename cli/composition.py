@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from libs.common.errors import Invalid
+from libs.common.runtime import Build
 from services.indexing.service import build as build_indexing
 from services.ingest.service import build as build_ingest
 from services.query.service import build as build_query
-
-from libs.common.errors import Invalid
-from libs.common.runtime import Build
 
 SERVICES: dict[str, Build] = {
     "ingest": build_ingest,

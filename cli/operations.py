@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
-from services.indexing.service import rebuild as rebuild_index
 
 from cli.embedded import attach
 from libs.common import database as databases
@@ -23,6 +22,7 @@ from libs.common.config import Settings
 from libs.common.errors import NotFound
 from libs.common.objects import open_objects
 from libs.common.runtime import Resources
+from services.indexing.service import rebuild as rebuild_index
 
 console = Console(highlight=False)
 
