@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from cli.composition import builders
 from cli.embedded import attach
 from libs.common import database as databases
 from libs.common.bus import open_bus
@@ -35,7 +36,12 @@ async def _resources(settings: Settings) -> AsyncIterator[Resources]:
     try:
         await objects.start()
         await bus.start()
-        yield Resources(settings, database, objects, bus)
+        resources = Resources(settings, database, objects, bus)
+        # RabbitMQ tells only of queues that are named: name those of every service.
+        for build in builders([]):
+            for subscription in build(resources).subscriptions:
+                await bus.declare(subscription)
+        yield resources
     finally:
         await bus.stop()
         await objects.stop()
@@ -51,6 +57,8 @@ def _run(load: Callable[[], Settings], action: Callable[[Resources], Awaitable[N
 
 
 def _ready(settings: Settings) -> str:
+    if not settings.http_port:
+        return "not asked (set SAGITTAL_HTTP_PORT to the port of the service to ask)"
     url = f"http://{settings.host}:{settings.http_port}/readyz"
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:

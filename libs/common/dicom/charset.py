@@ -18,7 +18,9 @@ _TWO_BYTE_G0 = (b"\x1b$B", b"\x1b$@", b"\x1b$(D")
 
 def _known(term: str) -> str:
     """A defined term, or one that pydicom can guess; anything else would be looked up among Python's codecs."""
-    if term in charset.python_encoding or re.fullmatch(r"ISO.IR.?\d+|ISO.2022.IR.\d+", term, re.ASCII):
+    if term in charset.python_encoding or re.fullmatch(
+        r"ISO[ _-]IR[ _-]?\d+|ISO[ _-]2022[ _-]IR[ _-]\d+", term, re.ASCII
+    ):
         return term
     return "ISO_IR 192" if term.upper().replace("-", "") == "UTF8" else ""
 

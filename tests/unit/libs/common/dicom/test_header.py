@@ -17,6 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ImplicitVRLittleEndian
 
+from libs.common.dicom.charset import charset_of
 from libs.common.dicom.dicom_json import level_json, search_fields
 from libs.common.dicom.header import Header, read_header
 from libs.common.dicom.levels import ALL, INSTANCE, PATIENT, SERIES, STUDY
@@ -258,6 +259,10 @@ def test_a_flipped_byte_is_survived(data: st.DataObject) -> None:
         return
     for tags in (PATIENT, STUDY, SERIES, INSTANCE):
         search_fields(level_json(header, tags))
+
+
+def test_a_character_set_with_a_zero_byte_is_survived() -> None:
+    assert charset_of(b"ISO_IR\0100 ").text(b"M\xfcller") == "M\xfcller"
 
 
 def test_search_fields() -> None:
