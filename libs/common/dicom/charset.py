@@ -10,6 +10,7 @@ from pydicom import charset
 from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
 _ESCAPE = b"\x1b"
+_ALMOST_DEFINED = re.compile(r"ISO[ _-]IR[ _-]?\d+|ISO[ _-]2022[ _-]IR[ _-]\d+", re.ASCII)
 _PARTS = re.compile(rb"\x1b[^\x1b]*|[^\x1b]+")
 _LEFT_OVER = re.compile("\x1b[\x20-\x2f]+[\x40-\x7e]")
 # Escape sequences that put a two-byte set into G0, where the bytes of "\", "^" and "=" are halves of characters.
