@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 import uvloop
-from libs.common.security import caller_policy
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -23,6 +22,7 @@ from cli.embedded import up as run_up
 from libs.common.config import Settings
 from libs.common.errors import Invalid, SagittalError
 from libs.common.runtime import Running, Share, run
+from libs.common.security import caller_policy
 from libs.common.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Sagittal: an archive for medical images.")

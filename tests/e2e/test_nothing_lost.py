@@ -19,9 +19,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 from pymongo.database import Database
 from pynetdicom import AE
-from tests.builders import create_instance
 
 from cli.cluster import Cluster
+from tests.builders import create_instance
 from tests.e2e.archives import Address, address_of, retrieve
 
 
