@@ -126,7 +126,9 @@ def test_every_test_file_of_pydicom_comes_back_as_it_was(archive: Address) -> No
         keys.SeriesInstanceUID = header.SeriesInstanceUID
         keys.SOPInstanceUID = header.SOPInstanceUID
         taken = retrieve(archive, keys, header.SOPClassUID, header.file_meta.TransferSyntaxUID)
-        assert list(taken.values()) == [dataset_bytes(path)], path.name
+        sent = dataset_bytes(path)
+        # A deflated stream of odd length is padded with one NUL on the network (PS3.5 A.5).
+        assert list(taken.values()) == [sent + bytes(len(sent) % 2)], path.name
 
 
 def test_health_readiness_and_metrics_answer(archive: Address) -> None:
